@@ -1,0 +1,394 @@
+"""Bayesian model averaging: predictions averaged over samples of a posterior.
+
+Every function draws its samples inside one compiled program, uses them and drops them, so memory
+holds ``chunk_size`` samples however many are averaged. They differ in what they return:
+
+``predict``          the average over samples of what ``prob_fn`` returns, usually probabilities
+``predict_log``      the logarithm of that average, from log-probabilities
+``predict_samples``  what ``prob_fn`` returns for every sample, stacked
+``predict_batches``  ``predict`` for every batch of an iterable
+
+``posterior`` is a ``SWAGState`` or any function from a key to weights. Options of ``sample`` go in
+with ``jax.tree_util.Partial(swagjax.sample, state=state, scale=0.5, like=params)``: a Partial is a
+pytree, so a new state in it compiles nothing anew. Functions are told apart by identity: define
+``prob_fn`` once, not in the loop that calls ``predict``.
+
+Source: Maddox et al. 2019 (arXiv:1902.02476), section 3.3 and algorithm 1.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from swagjax import prng
+from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
+from swagjax.posterior import check_collected, sample
+from swagjax.transform import SWAGState, widen
+
+_WEIGHTS_IN_FLIGHT = 1 << 30  # bytes of samples side by side on an accelerator, by default
+
+
+def predict(
+    key: chex.PRNGKey,
+    posterior: Any,
+    prob_fn: Callable[..., Any],
+    inputs: Any,
+    *,
+    num_samples: int = 30,
+    chunk_size: int | None = None,
+    antithetic: bool = False,
+    refresh: Refresh | None = None,
+) -> Any:
+    """Average ``prob_fn(params, inputs)`` over samples: ``1/S sum_s p(y | x, theta_s)``.
+
+    ``prob_fn`` returns probabilities, not logits: averaged logits are not a Bayesian average.
+    Anything else that is to be averaged may stand in its place, in any tree of arrays.
+
+    Args:
+      key: one PRNG key; or an array of keys, one for each sample in place of ``num_samples``,
+        which may be sharded over devices to spread the samples over them.
+      posterior: a ``SWAGState``, or a function from a key to weights.
+      prob_fn: ``(params, inputs) -> outputs``, or with ``refresh``
+        ``(params, inputs, statistics) -> outputs``.
+      inputs: an array or a tree of arrays, handed to ``prob_fn`` as it is.
+      num_samples: S.
+      chunk_size: how many samples run side by side under ``vmap``. By default one at a time on
+        CPU, where convolutions with a kernel per sample are slow, and elsewhere as many as fit
+        1 GiB of weights; all of them where an array of keys is given.
+      antithetic: draw samples in pairs mirrored at the mean, 2 theta_SWA - theta: half the random
+        numbers, and no error in what is linear in the weights. For a ``SWAGState`` and even S.
+      refresh: ``params -> statistics`` for a model with batch statistics, called for each sample:
+        see :mod:`swagjax.batch_stats`.
+
+    Returns:
+      What ``prob_fn`` returns, averaged, in float32 at the least.
+
+    Raises:
+      ValueError: for a bad argument, a state that has collected nothing, or a linen model that
+        runs BatchNorm on statistics of other weights: without ``refresh`` that takes
+        ``refresh=batch_stats.keep(statistics)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag_diag(), jnp.array([0.0])
+      >>> state = tx.init(params)
+      >>> for update in (1.0, 3.0):  # N(2, 1)
+      ...     _, state = tx.update(jnp.array([update]), state, params)
+      >>> def prob_fn(w, x):
+      ...     return jax.nn.sigmoid(w * x)
+      >>> key = jax.random.key(0)
+      >>> probs = swagjax.predict(key, state, prob_fn, jnp.array([-9.0, 0.0, 9.0]))
+      >>> probs.shape, float(probs[1])
+      ((3,), 0.5)
+    """
+    run, keys = _prepare(key, posterior, prob_fn, num_samples, chunk_size, antithetic, refresh)
+    return _run(run, keys, None, inputs, _MEAN)
+
+
+def predict_log(
+    key: chex.PRNGKey,
+    posterior: Any,
+    log_prob_fn: Callable[..., Any],
+    inputs: Any,
+    *,
+    num_samples: int = 30,
+    chunk_size: int | None = None,
+    antithetic: bool = False,
+    refresh: Refresh | None = None,
+) -> Any:
+    """Logarithm of the averaged probabilities: ``logsumexp_s log p(y | x, theta_s) - log S``.
+
+    For probabilities that underflow, and for densities. Arguments and errors as in ``predict``,
+    but ``log_prob_fn`` returns log-probabilities.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag_diag(), jnp.array([0.0])
+      >>> state = tx.init(params)
+      >>> for update in (1.0, 3.0):
+      ...     _, state = tx.update(jnp.array([update]), state, params)
+      >>> def log_prob_fn(w, x):
+      ...     return -1000 * x - 0 * w
+      >>> print(swagjax.predict_log(jax.random.key(0), state, log_prob_fn, jnp.ones(2)).round(1))
+      [-1000. -1000.]
+    """
+    run, keys = _prepare(key, posterior, log_prob_fn, num_samples, chunk_size, antithetic, refresh)
+    return _run(run, keys, None, inputs, _LOG_MEAN)
+
+
+def predict_samples(
+    key: chex.PRNGKey,
+    posterior: Any,
+    prob_fn: Callable[..., Any],
+    inputs: Any,
+    *,
+    num_samples: int = 30,
+    chunk_size: int | None = None,
+    antithetic: bool = False,
+    refresh: Refresh | None = None,
+) -> Any:
+    """Outputs of every sample, stacked on a leading axis of length S, from the same samples.
+
+    For mutual information, quantiles, mixtures. Arguments and errors as in ``predict``; memory
+    holds S outputs, but still only ``chunk_size`` samples. Pairs stand side by side where
+    ``antithetic``: sample 2 i + 1 mirrors sample 2 i.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag_diag(), jnp.array([0.0])
+      >>> state = tx.init(params)
+      >>> for update in (1.0, 3.0):
+      ...     _, state = tx.update(jnp.array([update]), state, params)
+      >>> key = jax.random.key(0)
+      >>> out = swagjax.predict_samples(
+      ...     key, state, lambda w, x: w * x, jnp.ones(5), num_samples=4, antithetic=True
+      ... )
+      >>> print(out.shape, out.mean(0))
+      (4, 5) [2. 2. 2. 2. 2.]
+    """
+    run, keys = _prepare(key, posterior, prob_fn, num_samples, chunk_size, antithetic, refresh)
+    return _run(run, keys, None, inputs, None)
+
+
+def predict_batches(
+    key: chex.PRNGKey,
+    posterior: Any,
+    prob_fn: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    num_samples: int = 30,
+    chunk_size: int | None = None,
+    antithetic: bool = False,
+    refresh: Refresh | None = None,
+) -> Iterator[Any]:
+    """``predict`` for each batch of an iterable, with the same samples for all batches.
+
+    The statistics of ``refresh`` are computed once and kept, S sets of them; the weights are drawn
+    anew from their keys for each batch, so memory stays at ``chunk_size`` samples. A batch of
+    another shape, such as a smaller last one, compiles once more. Arguments and errors as in
+    ``predict``; errors in the arguments come at the call, not at the first batch.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag_diag(), jnp.array([0.0])
+      >>> state = tx.init(params)
+      >>> for update in (1.0, 3.0):
+      ...     _, state = tx.update(jnp.array([update]), state, params)
+      >>> batches = jnp.zeros((3, 2))
+      >>> probs = swagjax.predict_batches(
+      ...     jax.random.key(0), state, lambda w, x: jax.nn.sigmoid(w * x), batches
+      ... )
+      >>> [float(p[0]) for p in probs]
+      [0.5, 0.5, 0.5]
+    """
+    run, keys = _prepare(key, posterior, prob_fn, num_samples, chunk_size, antithetic, refresh)
+    stats = None
+    if refresh is not None:
+        stacked = _run(run._replace(prob_fn=_statistics), keys, None, (), None)
+        stats = jax.tree.map(lambda s: s.reshape(len(keys), -1, *s.shape[1:]), stacked)
+    return (_run(run, keys, stats, batch, _MEAN) for batch in batches)
+
+
+class _Run(NamedTuple):
+    """How samples are drawn and evaluated. The leaves that are no arrays are compiled in."""
+
+    posterior: Any
+    prob_fn: Any
+    refresh: Any
+    chunk_size: int
+    antithetic: bool
+
+
+class _Static(NamedTuple):
+    """What of a tree is no array: its structure, and the other leaves in their places."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+
+class _Reduction(NamedTuple):
+    """How outputs of samples become one: within a chunk, between chunks, and at the end."""
+
+    identity: float
+    within: Callable[..., jax.Array]
+    between: Callable[..., jax.Array]
+    finish: Callable[..., jax.Array]
+
+
+_MEAN = _Reduction(0.0, jnp.sum, jnp.add, lambda total, count: total / count)
+_LOG_MEAN = _Reduction(
+    -jnp.inf, jax.nn.logsumexp, jnp.logaddexp, lambda total, count: total - jnp.log(count)
+)
+
+
+def _prepare(
+    key: Any,
+    posterior: Any,
+    prob_fn: Any,
+    num_samples: int,
+    chunk_size: int | None,
+    antithetic: bool,
+    refresh: Any,
+) -> tuple[_Run, jax.Array]:
+    """Check the arguments, and draw a key for each sample or pair."""
+    for state in jax.tree.leaves(posterior, is_leaf=_is_state):
+        if _is_state(state):
+            check_collected(state)
+    if not (_is_state(posterior) or callable(posterior)):
+        raise ValueError(
+            f"posterior is a {type(posterior).__name__}: give a SWAGState, "
+            "swagjax.get_state(opt_state), or a function from a key to weights"
+        )
+    if antithetic and not _is_state(posterior):
+        raise ValueError("antithetic=True: only a SWAGState has a mean to mirror samples at")
+    if num_samples < 1 or (antithetic and num_samples % 2):
+        raise ValueError(
+            f"num_samples={num_samples}: give at least 1, and an even number if antithetic"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: give at least 1")
+    if refresh is None:
+        refuse_closure(prob_fn)
+    keys = prng.typed_keys(key)
+    if keys.ndim > 1:
+        raise ValueError(f"key holds keys of shape {keys.shape}: give one, or one for each sample")
+    if chunk_size is None:
+        chunk_size = len(keys) if keys.ndim else _default_chunk(posterior, keys)
+    if not keys.ndim:
+        keys = jax.random.split(keys, num_samples // 2 if antithetic else num_samples)
+    return _Run(posterior, prob_fn, refresh, chunk_size, antithetic), keys
+
+
+def _default_chunk(posterior: Any, key: jax.Array) -> int:
+    if jax.default_backend() == "cpu":
+        return 1
+    shapes = jax.tree.leaves(jax.eval_shape(functools.partial(_draw, posterior), key))
+    weights: int = sum(x.size * x.dtype.itemsize for x in shapes)
+    return max(1, _WEIGHTS_IN_FLIGHT // max(1, weights))
+
+
+def _run(run: _Run, keys: jax.Array, stats: Any, inputs: Any, reduction: _Reduction | None) -> Any:
+    leaves, treedef = jax.tree.flatten(run)
+    arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
+    others = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
+    return _program(arrays, keys, stats, inputs, _Static(treedef, others), reduction)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _program(
+    arrays: list[Any],
+    keys: jax.Array,
+    stats: Any,
+    inputs: Any,
+    static: _Static,
+    reduction: _Reduction | None,
+) -> Any:
+    """Evaluate all samples chunk by chunk; average them, or stack them without a reduction."""
+    merged = [a if o is None else o for a, o in zip(arrays, static.leaves, strict=True)]
+    run: _Run = jax.tree.unflatten(static.treedef, merged)
+    evaluate = functools.partial(_evaluate, run, inputs)
+    chunk, rest = _chunked((keys, stats), run.chunk_size)
+    if reduction is None:
+        return _stack(evaluate, chunk, rest)
+    return _reduce(evaluate, chunk, rest, reduction, len(keys) * (1 + run.antithetic))
+
+
+def _chunked(xs: Any, chunk_size: int) -> tuple[Any, Any]:
+    """Cut the leading axis into whole chunks, (n, chunk_size, ...), and a rest, None if empty.
+
+    A chunk takes every n-th element, so that an axis sharded over devices stays spread over them
+    within each chunk.
+    """
+    length = len(jax.tree.leaves(xs)[0])
+    size = min(chunk_size, length)
+    n = length // size
+
+    def whole(x: jax.Array) -> jax.Array:
+        return x[: n * size].reshape(size, n, *x.shape[1:]).swapaxes(0, 1)
+
+    rest = jax.tree.map(lambda x: x[n * size :], xs) if length % size else None
+    return jax.tree.map(whole, xs), rest
+
+
+def _stack(evaluate: Callable[[Any], Any], chunks: Any, rest: Any) -> Any:
+    _, out = jax.lax.scan(lambda _, xs: (None, _side_by_side(evaluate, xs)), None, chunks)
+    out = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[3:]), out)
+    if rest is None:
+        return out
+    last = _side_by_side(evaluate, rest)
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y.reshape(-1, *y.shape[2:])]), out, last)
+
+
+def _reduce(
+    evaluate: Callable[[Any], Any], chunks: Any, rest: Any, reduction: _Reduction, count: int
+) -> Any:
+    def partial(xs: Any) -> Any:
+        out = _side_by_side(evaluate, xs)
+        return jax.tree.map(lambda x: reduction.within(widen(x), axis=(0, 1)), out)
+
+    def add(total: Any, xs: Any) -> tuple[Any, None]:
+        return jax.tree.map(reduction.between, total, partial(xs)), None
+
+    shapes = jax.eval_shape(partial, _at(chunks, 0))
+    empty = jax.tree.map(lambda s: jnp.full(s.shape, reduction.identity, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, empty, chunks)
+    if rest is not None:
+        total, _ = add(total, rest)
+    return jax.tree.map(lambda x: reduction.finish(x, count), total)
+
+
+def _side_by_side(evaluate: Callable[[Any], Any], xs: Any) -> Any:
+    """Outputs of a chunk, with leading axes (chunk, draws of a key)."""
+    if len(jax.tree.leaves(xs)[0]) > 1:
+        return jax.vmap(evaluate)(xs)
+    # A single one without vmap, which would make convolutions grouped ones.
+    out = evaluate(_at(xs, 0))
+    return jax.tree.map(lambda x: x[None], out)
+
+
+def _evaluate(run: _Run, inputs: Any, x: tuple[jax.Array, Any]) -> Any:
+    """Outputs of the sample of a key, or of the mirrored pair, stacked."""
+    key, stats = x
+    draws = [_draw(run.posterior, key)]
+    if run.antithetic:
+        draws.append(jax.tree.map(_mirror, run.posterior.mean, draws[0]))
+    kept = [None if stats is None else _at(stats, i) for i in range(len(draws))]
+    outputs = [_output(run, inputs, *pair) for pair in zip(draws, kept, strict=True)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _output(run: _Run, inputs: Any, theta: Any, stats: Any) -> Any:
+    if run.refresh is not None:
+        return run.prob_fn(theta, inputs, run.refresh(theta) if stats is None else stats)
+    with refuse_stored():
+        return run.prob_fn(theta, inputs)
+
+
+def _at(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def _mirror(mean: jax.Array, theta: jax.Array) -> jax.Array:
+    return (2 * widen(mean) - widen(theta)).astype(theta.dtype)
+
+
+def _draw(posterior: Any, key: jax.Array) -> Any:
+    return sample(key, posterior) if _is_state(posterior) else posterior(key)
+
+
+def _statistics(params: Any, inputs: Any, stats: Any) -> Any:
+    del params, inputs
+    return stats
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, SWAGState)
