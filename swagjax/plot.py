@@ -1,0 +1,265 @@
+"""Pictures of what ``swagjax.metrics`` returns: arrays and an optional Axes in, the Axes out.
+
+The only room that imports matplotlib (``pip install swagjax[plot]``). Nothing is shown or saved,
+and a figure is made only where no Axes is given. Curves differ in colour (the palette of Okabe and
+Ito), in line style and in marker, histograms in colour and in hatch, so that they can be told apart
+by the colour-blind and in grey print.
+"""
+
+import math
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import cbook
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
+from numpy.typing import ArrayLike, NDArray
+
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    {"color": "#009E73", "linestyle": "-.", "marker": "^"},
+    {"color": "#000000", "linestyle": ":", "marker": "D"},
+    {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+    {"color": "#E69F00", "linestyle": (0, (8, 2)), "marker": "P"},
+    {"color": "#56B4E9", "linestyle": (0, (1, 1)), "marker": "X"},
+)
+_FILLS: tuple[dict[str, Any], ...] = (
+    {"facecolor": "#0072B288", "edgecolor": "#0072B2", "hatch": "", "histtype": "stepfilled"},
+    {"facecolor": "#E69F0066", "edgecolor": "#D55E00", "hatch": "///", "histtype": "stepfilled"},
+)
+_REFERENCE: dict[str, Any] = {
+    "color": "#666666",
+    "linewidth": 1.0,
+    "zorder": 1,
+    "gid": "reference",
+    "label": "perfect calibration",
+}
+
+# How finely the stretched axis resolves confidences close to 1.
+_FINEST = 1e-3
+_ROUNDING = 1e-2  # of entropies, in nats: bfloat16 has no better
+_STRETCHED_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
+
+
+def reliability_diagram(
+    confidence: ArrayLike,
+    accuracy: ArrayLike,
+    count: ArrayLike | None = None,
+    *,
+    form: Literal["gap", "classical"] = "gap",
+    ax: Axes | None = None,
+    label: str | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Draw how far accuracy is from confidence; call it once per method on one Axes to compare.
+
+    ``form="gap"`` is that of the SWAG paper: accuracy minus confidence against confidence, with the
+    line of zero. The horizontal axis is stretched towards 1, where the confidences of a network
+    crowd: it is linear in ``-log10(1.001 - confidence)``. ``form="classical"`` draws accuracy
+    against confidence, with the diagonal. In both, points below the line are over-confident.
+
+    Args:
+      confidence: mean confidence of each bin, shape ``(B,)``, in ``[0, 1]``.
+      accuracy: accuracy of each bin, shape ``(B,)``, in ``[0, 1]``. Bins where either is NaN (the
+        empty ones of ``metrics.reliability``) are left out.
+      count: number of examples of each bin, shape ``(B,)``; if given, a halo around each point
+        grows with its bin's share of the examples.
+      form: ``"gap"`` or ``"classical"``; the same for all curves on one Axes.
+      ax: where to draw; without it a new figure is made.
+      label: name of the curve in the legend, which stands below the Axes.
+      **kwargs: passed to ``Axes.plot``; they replace the style that is chosen by turns.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: an unknown ``form``; arrays that are not one-dimensional and of one length.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("Agg")
+      >>> from swagjax import plot
+      >>> nan = float("nan")  # an empty bin
+      >>> ax = plot.reliability_diagram([0.7, 0.95, nan], [0.6, 0.9, nan], label="SGD")
+      >>> ax = plot.reliability_diagram([0.72, 0.94], [0.7, 0.95], label="SWAG", ax=ax)
+      >>> [line.get_label() for line in ax.lines]
+      ['perfect calibration', 'SGD', 'SWAG']
+
+    Source: Maddox et al. (2019), "A Simple Baseline for Bayesian Uncertainty in Deep Learning",
+    figure 3; Guo et al. (2017), "On Calibration of Modern Neural Networks", figure 1; the colours
+    of Okabe and Ito (2008), "Color Universal Design".
+    """
+    if form not in ("gap", "classical"):
+        raise ValueError(f"form is {form!r}, but must be 'gap' or 'classical'.")
+    conf, acc, share = _read_bins(confidence, accuracy, count)
+    ax = _new_axes() if ax is None else ax
+    _frame_gap(ax) if form == "gap" else _frame_classical(ax)
+    style = _next_style(ax) | cbook.normalize_kwargs(kwargs, Line2D)
+    heights = acc - conf if form == "gap" else acc
+    (line,) = ax.plot(conf, heights, label=label, gid="reliability", **style)
+    if share is not None:
+        _draw_halos(ax, line, share)
+    if label is not None:
+        _legend_below(ax)
+    return ax
+
+
+def entropy_histograms(
+    entropy_in: ArrayLike,
+    entropy_out: ArrayLike,
+    *,
+    num_bins: int = 30,
+    num_classes: int | None = None,
+    ax: Axes | None = None,
+    labels: tuple[str, str] = ("in distribution", "out of distribution"),
+) -> Axes:
+    """Draw the densities of predictive entropy in and out of distribution, over common bins.
+
+    The further apart the two are, the better the entropy tells familiar inputs from strange ones.
+    Each histogram has area one, whatever its number of examples.
+
+    Args:
+      entropy_in: entropies in nats of examples from the training distribution, any shape.
+      entropy_out: entropies in nats of examples from elsewhere, any shape.
+      num_bins: number of bins, from zero to the greatest entropy.
+      num_classes: C; if given, the bins end at ``log C``, the greatest entropy possible, so that
+        several pictures have one scale.
+      ax: where to draw; without it a new figure is made.
+      labels: names of the two in the legend, which stands below the Axes.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: empty or non-finite entropies, negative ones or (with ``num_classes``) ones above
+        ``log C``; ``num_bins`` below 1; ``num_classes`` below 2.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("Agg")
+      >>> from swagjax import plot
+      >>> ax = plot.entropy_histograms([0.0, 0.1, 0.2], [0.5, 0.6], num_classes=2)
+      >>> ax.get_xlabel()
+      'predictive entropy (nats)'
+
+    Source: Maddox et al. (2019), section 5 (out-of-domain images).
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins is {num_bins!r}, but must be 1 or more: try 30.")
+    inside = _read_entropies("entropy_in", entropy_in, num_classes)
+    outside = _read_entropies("entropy_out", entropy_out, num_classes)
+    ax = _new_axes() if ax is None else ax
+    top = math.log(num_classes) if num_classes else max(inside.max(), outside.max()) or 1.0
+    edges = np.linspace(0.0, top, num_bins + 1).tolist()
+    for values, label, style in zip((inside, outside), labels, _FILLS, strict=True):
+        ax.hist(np.minimum(values, top), edges, density=True, label=label, **style)
+    ax.set(xlabel="predictive entropy (nats)", ylabel="density (per nat)", xlim=(0.0, top))
+    _title(ax, "Predictive entropy")
+    _legend_below(ax)
+    return ax
+
+
+def _new_axes() -> Axes:
+    return plt.subplots(layout="constrained")[1]
+
+
+def _title(ax: Axes, text: str) -> None:
+    """Title the Axes, unless the caller has done so."""
+    if not ax.get_title():
+        ax.set_title(text)
+
+
+def _legend_below(ax: Axes) -> None:
+    """Put the legend under the axis label, where there are no data to cover."""
+    down = ScaledTranslation(0.0, -34 / 72, ax.figure.dpi_scale_trans)  # 34 points
+    ax.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        bbox_transform=ax.transAxes + down,
+        ncols=min(len(ax.get_legend_handles_labels()[1]), 3),
+        frameon=False,
+    )
+
+
+def _read_bins(
+    confidence: ArrayLike, accuracy: ArrayLike, count: ArrayLike | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+    """The bins that are not empty: confidence, accuracy and share of the examples."""
+    conf, acc = np.asarray(confidence, float), np.asarray(accuracy, float)
+    number = np.zeros_like(conf) if count is None else np.asarray(count, float)
+    if conf.ndim != 1 or not conf.shape == acc.shape == number.shape:
+        raise ValueError(
+            f"confidence, accuracy and count have shapes {conf.shape}, {acc.shape} and "
+            f"{number.shape}, but must be one-dimensional and equally long: pass the fields of one "
+            "metrics.reliability."
+        )
+    full = ~(np.isnan(conf) | np.isnan(acc))
+    share = None if count is None else number[full] / max(number.sum(), 1.0)
+    return conf[full], acc[full], share
+
+
+def _next_style(ax: Axes) -> dict[str, Any]:
+    """A style that no earlier curve on this Axes has, while they last."""
+    drawn = sum(line.get_gid() == "reliability" for line in ax.lines)
+    return {**_STYLES[drawn % len(_STYLES)], "linewidth": 1.4, "markersize": 5}
+
+
+def _draw_halos(ax: Axes, line: Line2D, share: NDArray[np.float64]) -> None:
+    x, y = line.get_data()
+    color, marker = line.get_color(), line.get_marker()
+    ax.scatter(x, y, 30 + 470 * share, color=color, marker=marker, alpha=0.25, linewidths=0)
+
+
+def _has_reference(ax: Axes) -> bool:
+    return any(line.get_gid() == "reference" for line in ax.lines)
+
+
+def _frame_gap(ax: Axes) -> None:
+    if _has_reference(ax):
+        return
+    ax.axhline(0.0, **_REFERENCE)
+    ax.set_xscale("function", functions=(_stretch, _unstretch))
+    ax.set_xticks(_STRETCHED_TICKS, [f"{tick:g}" for tick in _STRETCHED_TICKS])
+    ax.set_xlim(-0.15, 1.0002)  # room for half a marker at either end
+    ax.set_xlabel("confidence (mean per bin, stretched towards 1)")
+    ax.set_ylabel("accuracy minus confidence\n(below 0: over-confident)")
+    _title(ax, "Reliability diagram")
+
+
+def _frame_classical(ax: Axes) -> None:
+    if _has_reference(ax):
+        return
+    ax.plot([0.0, 1.0], [0.0, 1.0], **_REFERENCE)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    ax.set_xlabel("confidence (mean per bin)")
+    ax.set_ylabel("accuracy\n(below the diagonal: over-confident)")
+    _title(ax, "Reliability diagram")
+
+
+def _stretch(confidence: NDArray[np.float64]) -> NDArray[np.float64]:
+    # matplotlib asks for points beyond the axis as well, where there is no logarithm
+    return -np.log10(np.maximum(1.0 + _FINEST - confidence, 1e-12))
+
+
+def _unstretch(position: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1.0 + _FINEST - np.power(10.0, -position)
+
+
+def _read_entropies(name: str, entropy: ArrayLike, num_classes: int | None) -> NDArray[np.float64]:
+    """The entropies in one row, checked; rounding may take them a little out of their range."""
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes!r}, but must be 2 or more, or None.")
+    values: NDArray[np.float64] = np.ravel(np.asarray(entropy, np.float64))
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(
+            f"{name} is empty or holds values that are not finite (shape {np.shape(entropy)}): "
+            "pass metrics.predictive_entropy of finite probabilities."
+        )
+    top = math.inf if num_classes is None else math.log(num_classes)
+    if values.min() < -_ROUNDING or values.max() > top + _ROUNDING:
+        raise ValueError(
+            f"{name} lies between {values.min():g} and {values.max():g}, but entropies lie between "
+            f"0 and {top:g} nats (log num_classes): are they in bits, or is num_classes another?"
+        )
+    return values.clip(min=0.0)

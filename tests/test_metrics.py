@@ -1,0 +1,516 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swagjax import metrics
+
+PER_LABEL = (metrics.nll, metrics.accuracy, metrics.brier, metrics.ece)
+BINNINGS = ("width", "count")
+settings.register_profile("metrics", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("metrics")
+
+
+def example(seed=0, n=211, classes=7, spread=2.0):
+    """Over-confident float32 predictions with labels that they only half explain."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, spread, (n, classes))
+    labels = np.array([rng.choice(classes, p=p) for p in softmax(0.6 * logits)])
+    return softmax(logits).astype(np.float32), labels
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def binary(confidence, hit):
+    """Two-class predictions of given confidences (0.5 or more), right or wrong as told."""
+    confidence = np.asarray(confidence, np.float32)
+    probs = np.stack([confidence, 1 - confidence], -1)
+    return probs, np.where(np.asarray(hit, bool), 0, 1)
+
+
+def bin_members(confidence, num_bins, binning):
+    """The examples of each bin, found one by one."""
+    if binning == "count":
+        order = sorted(range(len(confidence)), key=lambda i: (confidence[i], i))
+        return [list(part) for part in np.array_split(order, num_bins)]
+    members = [[] for _ in range(num_bins)]
+    for i, value in enumerate(confidence):
+        for b in range(num_bins):
+            low, high = np.float32(b / num_bins), np.float32((b + 1) / num_bins)
+            if low < value <= high or (b == 0 and value == 0):
+                members[b].append(i)
+    return members
+
+
+def reliability_oracle(probs, labels, num_bins, binning):
+    rows = []
+    confidence, predicted = probs.max(-1), probs.argmax(-1)
+    for members in bin_members(confidence, num_bins, binning):
+        total = sum(float(confidence[i]) for i in members)
+        hits = sum(int(predicted[i] == labels[i]) for i in members)
+        n = len(members)
+        rows.append((total / n, hits / n, n) if n else (math.nan, math.nan, 0))
+    return np.array(rows).T
+
+
+def ece_oracle(probs, labels, num_bins, binning):
+    total = 0.0
+    for conf, acc, n in reliability_oracle(probs, labels, num_bins, binning).T:
+        total += n * abs(acc - conf) if n else 0.0
+    return total / len(labels)
+
+
+# Against scikit-learn, SciPy and loops in float64.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nll_accuracy_and_brier(seed):
+    probs, labels = example(seed)
+    wide = probs.astype(np.float64)
+    wide /= wide.sum(-1, keepdims=True)
+    expected = {
+        metrics.nll: sklearn.metrics.log_loss(labels, wide, labels=range(7)),
+        metrics.accuracy: sklearn.metrics.accuracy_score(labels, probs.argmax(-1)),
+        metrics.brier: sklearn.metrics.brier_score_loss(
+            labels, wide, labels=range(7), scale_by_half=False
+        ),
+    }
+    for metric, value in expected.items():
+        np.testing.assert_allclose(metric(probs, labels), value, rtol=2e-6)
+
+
+@pytest.mark.parametrize("binning", BINNINGS)
+@pytest.mark.parametrize("num_bins", [1, 15, 20, 300])
+def test_ece_and_reliability(num_bins, binning):
+    probs, labels = example(num_bins)
+    bins = metrics.reliability(probs, labels, num_bins, binning=binning)
+    conf, acc, count = reliability_oracle(probs, labels, num_bins, binning)
+    np.testing.assert_array_equal(bins.count, count)
+    np.testing.assert_allclose(bins.accuracy, acc, rtol=1e-6)
+    np.testing.assert_allclose(bins.confidence, conf, rtol=2e-6)
+    ece = metrics.ece(probs, labels, num_bins, binning=binning)
+    np.testing.assert_allclose(ece, ece_oracle(probs, labels, num_bins, binning), rtol=5e-6)
+
+
+@given(
+    steps=st.lists(st.integers(10, 20), min_size=23, max_size=23),
+    num_bins=st.sampled_from([3, 20]),
+    binning=st.sampled_from(BINNINGS),
+    seed=st.integers(0, 99),
+)
+def test_bins_of_confidences_that_lie_on_edges(steps, num_bins, binning, seed):
+    hit = np.random.default_rng(seed).random(len(steps)) < 0.7
+    probs, labels = binary(np.array(steps) / 20, hit)
+    conf, acc, count = reliability_oracle(probs, labels, num_bins, binning)
+    for function in (
+        metrics.reliability,
+        jax.jit(metrics.reliability, static_argnums=2, static_argnames="binning"),
+    ):
+        bins = function(probs, labels, num_bins, binning=binning)
+        np.testing.assert_array_equal(bins.count, count)
+        np.testing.assert_allclose(bins.accuracy, acc, rtol=1e-6)
+        np.testing.assert_allclose(bins.confidence, conf, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 19, 199])
+def test_equal_count_bins_differ_by_at_most_one_and_lose_none(n):
+    probs, labels = example(n, n=n)
+    count = np.asarray(metrics.reliability(probs, labels, binning="count").count)
+    assert count.sum() == n
+    assert np.ptp(count) <= 1
+
+
+def test_equal_count_keeps_ties_in_their_order():
+    probs, labels = binary([0.8] * 6, [1, 1, 1, 0, 0, 0])
+    bins = metrics.reliability(probs, labels, 2, binning="count")
+    np.testing.assert_array_equal(bins.accuracy, [1, 0])
+
+
+def test_ece_is_at_most_one_bins_and_at_least_the_plain_gap():
+    probs, labels = example(5)
+    plain = abs(probs.max(-1).mean() - float(metrics.accuracy(probs, labels)))
+    np.testing.assert_allclose(metrics.ece(probs, labels, 1), plain, rtol=1e-5)
+    assert metrics.ece(probs, labels, 20) >= plain - 1e-6
+
+
+def test_entropy():
+    probs, _ = example()
+    expected = scipy.stats.entropy(probs.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(metrics.predictive_entropy(probs), expected, rtol=2e-6, atol=1e-7)
+
+
+def test_entropy_of_certainty_is_zero_and_of_ignorance_log_c():
+    certain, ignorant = np.eye(5)[:1], np.full((1, 5), 0.2)
+    assert float(metrics.predictive_entropy(certain)[0]) == 0.0
+    np.testing.assert_allclose(metrics.predictive_entropy(ignorant), [math.log(5)], rtol=1e-6)
+
+
+def test_mutual_information():
+    probs = np.stack([example(seed)[0] for seed in range(4)]).astype(np.float64)
+    whole = scipy.stats.entropy(probs.mean(0), axis=-1)
+    parts = scipy.stats.entropy(probs, axis=-1).mean(0)
+    result = metrics.mutual_information(probs)
+    assert result.shape == (211,)
+    np.testing.assert_allclose(result, whole - parts, rtol=1e-4, atol=1e-6)
+
+
+@given(seed=st.integers(0, 10_000), spread=st.sampled_from([1e-4, 1e-2, 1.0]))
+def test_mutual_information_is_never_negative(seed, spread):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(1, 6, 5)) + spread * rng.normal(size=(3, 6, 5))
+    probs = softmax(logits).astype(np.float32)
+    result = np.asarray(metrics.mutual_information(probs))
+    wide = probs.astype(np.float64)
+    expected = scipy.stats.entropy(wide.mean(0), axis=-1) - scipy.stats.entropy(wide, axis=-1).mean(
+        0
+    )
+    assert (result >= 0).all()
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+def scores(*sizes):
+    """Lists of few different integers; few lengths, so that few programs are compiled."""
+    lengths = st.sampled_from(sizes)
+    return lengths.flatmap(lambda n: st.lists(st.integers(-5, 5), min_size=n, max_size=n))
+
+
+@given(scores_in=scores(1, 17), scores_out=scores(1, 30))
+def test_auroc_with_ties(scores_in, scores_out):
+    pairs = [(a < b) + 0.5 * (a == b) for a in scores_in for b in scores_out]
+    area = metrics.auroc(np.float32(scores_in), np.float32(scores_out))
+    np.testing.assert_allclose(area, np.mean(pairs), rtol=1e-6, atol=1e-7)
+    swapped = metrics.auroc(np.float32(scores_out), np.float32(scores_in))
+    np.testing.assert_allclose(swapped, 1 - np.mean(pairs), rtol=1e-6, atol=1e-6)
+
+
+def test_auroc_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores_in = rng.normal(0, 1, 900).round(1).astype(np.float32)
+    scores_out = rng.normal(1, 1, 300).round(1).astype(np.float32)
+    truth = np.repeat([0, 1], [900, 300])
+    expected = sklearn.metrics.roc_auc_score(truth, np.concatenate([scores_in, scores_out]))
+    np.testing.assert_allclose(metrics.auroc(scores_in, scores_out), expected, rtol=1e-6)
+
+
+def test_auroc_of_more_pairs_than_int32_counts():
+    n = 200_000  # 4e10 pairs
+    scores = np.arange(n, dtype=np.float32)
+    np.testing.assert_allclose(metrics.auroc(scores, scores), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(metrics.auroc(scores, scores + n), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(metrics.auroc(scores, scores + n // 2), 0.875, rtol=1e-5)
+
+
+def test_auroc_of_large_integers_does_not_tie_them():
+    base = 2**24
+    area = metrics.auroc(jnp.array([base, base + 2]), jnp.array([base + 1, base + 3]))
+    assert float(area) == 0.75
+
+
+def test_auroc_of_infinite_scores():
+    assert float(metrics.auroc([0.0, jnp.inf], [jnp.inf, jnp.inf])) == 0.75
+    assert float(metrics.auroc([0.0], [-0.0])) == 0.5
+
+
+# Mistakes of other implementations (design.md, section 4).
+
+
+def test_regression_saturated_confidences_do_not_vanish():
+    """With both bin edges open, confidences of exactly one (and exactly an edge) are lost."""
+    probs, labels = binary([1.0, 1.0, 1.0, 0.5], [1, 0, 0, 0])
+    for num_bins in (1, 2, 10, 20):
+        bins = metrics.reliability(probs, labels, num_bins)
+        assert int(bins.count.sum()) == 4
+        assert float(metrics.ece(probs, labels, num_bins)) == pytest.approx(2.5 / 4)
+    assert int(metrics.reliability(probs, labels, 20).count[-1]) == 3
+    assert int(metrics.reliability(probs, labels, 20).count[9]) == 1  # 0.5 is in (0.45, 0.5]
+
+
+def test_regression_rounding_beyond_one_loses_no_example():
+    probs = np.array([[1.0000002, 0.0]], np.float32)
+    assert int(metrics.reliability(probs, np.array([0])).count[-1]) == 1
+
+
+def test_regression_confidences_of_zero_are_counted():
+    """Only an average in sixteen bits gets there; the first bin is closed all the same."""
+    index = metrics._equal_width(jnp.array([0.0, 0.05, jnp.nextafter(0.05, 1.0)]), 20)
+    np.testing.assert_array_equal(index, [0, 0, 1])
+
+
+@pytest.mark.parametrize("metric", PER_LABEL)
+def test_regression_metrics_are_means_and_not_sums(metric):
+    probs, labels = example()
+    twice = np.concatenate([probs, probs]), np.concatenate([labels, labels])
+    np.testing.assert_allclose(metric(*twice), metric(probs, labels), rtol=1e-5)
+
+
+def test_regression_brier_is_summed_over_classes():
+    np.testing.assert_allclose(metrics.brier(np.eye(4)[:1], np.array([2])), 2.0)
+
+
+@pytest.mark.parametrize("binning", BINNINGS)
+def test_regression_a_million_saturated_examples_keep_their_digits(binning):
+    """A float32 sum of a million times 0.9999, one by one, comes out as 999999.76."""
+    probs, labels = binary(np.full(1_000_000, 0.9999), np.ones(1_000_000))
+    gap = 1.0 - float(np.float32(0.9999))
+    np.testing.assert_allclose(metrics.ece(probs, labels, binning=binning), gap, rtol=0.02)
+    bins = metrics.reliability(probs, labels, binning=binning)
+    np.testing.assert_allclose(bins.confidence[-1], 0.9999, atol=2e-6)
+
+
+# Shapes, dtypes and transformations.
+
+
+@pytest.mark.parametrize("metric", PER_LABEL)
+def test_any_number_of_leading_axes(metric):
+    probs, labels = example(n=24)
+    value = metric(probs, labels)
+    assert isinstance(value, jax.Array)
+    assert value.shape == ()
+    np.testing.assert_allclose(metric(probs.reshape(2, 3, 4, 7), labels.reshape(2, 3, 4)), value)
+    assert metric(probs[0], labels[0]).shape == ()
+    assert metrics.predictive_entropy(probs.reshape(2, 3, 4, 7)).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("metric", PER_LABEL)
+def test_jit_and_vmap_equal_eager(metric):
+    probs, labels = (np.stack(x) for x in zip(*(example(seed) for seed in range(4)), strict=True))
+    expected = np.array([metric(p, y) for p, y in zip(probs, labels, strict=True)])
+    np.testing.assert_allclose(jax.vmap(metric)(probs, labels), expected, rtol=2e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(metric))(probs, labels), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("binning", BINNINGS)
+def test_jit_and_vmap_of_reliability_equal_eager(binning):
+    probs, labels = (np.stack(x) for x in zip(*(example(seed) for seed in range(3)), strict=True))
+
+    def bins(p, y):
+        return metrics.reliability(p, y, 11, binning=binning)
+
+    expected = [bins(p, y) for p, y in zip(probs, labels, strict=True)]
+    for result in (jax.vmap(bins)(probs, labels), jax.jit(jax.vmap(bins))(probs, labels)):
+        for i, one in enumerate(expected):
+            for name, field in one._asdict().items():
+                np.testing.assert_allclose(getattr(result, name)[i], field, rtol=2e-6)
+
+
+def test_jit_and_vmap_of_the_uncertainties_equal_eager():
+    probs = np.stack([example(seed)[0] for seed in range(4)])
+    for function in (metrics.predictive_entropy, metrics.mutual_information):
+        np.testing.assert_allclose(jax.jit(function)(probs), function(probs), atol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(metrics.mutual_information, 1)(probs), metrics.mutual_information(probs), atol=1e-6
+    )
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 20)).astype(np.float32), rng.normal(size=(3, 9)).astype(np.float32)
+    expected = [metrics.auroc(x, y) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(jax.jit(jax.vmap(metrics.auroc))(a, b), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("metric", PER_LABEL)
+def test_half_precision_is_computed_in_float32(metric, dtype):
+    probs, labels = example(n=3000)
+    half = jnp.asarray(probs, dtype)
+    value = metric(half, labels)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, metric(half.astype(jnp.float32), labels), rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_uncertainties(dtype):
+    probs = jnp.asarray(np.stack([example(seed)[0] for seed in range(4)]), dtype)
+    wide = probs.astype(jnp.float32)
+    for function in (metrics.predictive_entropy, metrics.mutual_information):
+        assert function(probs).dtype == jnp.float32
+        np.testing.assert_allclose(function(probs), function(wide), atol=1e-7)
+    entropy = metrics.predictive_entropy(probs[0]).astype(dtype)
+    assert metrics.auroc(entropy[:50], entropy[50:]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_softmaxes_and_their_averages_are_accepted(dtype):
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (30, 20, 300)), dtype)
+    samples = jax.nn.softmax(logits)
+    metrics.predictive_entropy(sum(samples) / 30)
+    metrics.mutual_information(samples)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32"])
+@pytest.mark.parametrize("metric", PER_LABEL)
+def test_labels_of_every_width(metric, dtype):
+    probs, labels = example(n=40, classes=300)
+    labels = labels % 128
+    expected = metric(probs, labels)
+    np.testing.assert_allclose(metric(probs, labels.astype(dtype)), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(metric)(probs, labels.astype(dtype)), expected, rtol=1e-6)
+
+
+def test_one_hot_integers_are_probabilities():
+    assert float(metrics.brier(np.eye(3, dtype=int), np.arange(3))) == 0.0
+
+
+@pytest.mark.parametrize("binning", BINNINGS)
+def test_works_in_float64_and_under_strict_promotion(binning):
+    probs, labels = example()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        wide = probs.astype(np.float64) / probs.astype(np.float64).sum(-1, keepdims=True)
+        ece = metrics.ece(wide, labels.astype(np.uint64), binning=binning)
+        assert ece.dtype == jnp.float64
+        np.testing.assert_allclose(ece, ece_oracle(wide, labels, 20, binning), rtol=1e-12)
+
+
+def test_strict_promotion_in_half_precision():
+    probs, labels = example()
+    probs, labels = jnp.asarray(probs, jnp.bfloat16), jnp.asarray(labels, jnp.uint8)
+    with jax.numpy_dtype_promotion("strict"):
+        for function in (*PER_LABEL, metrics.reliability):
+            function(probs, labels)
+        metrics.mutual_information(probs[None])
+        metrics.auroc(probs[:, 0], probs[:, 1])
+
+
+def test_nll_has_a_gradient():
+    logits = jnp.array([[1.0, 2.0, 0.5], [0.1, 0.2, 0.3]])
+    labels = jnp.array([2, 0])
+    gradient = jax.grad(lambda z: metrics.nll(jax.nn.softmax(z), labels))(logits)
+    expected = (softmax(np.asarray(logits)) - np.eye(3)[np.asarray(labels)]) / 2
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+# What cannot be scored.
+
+
+def test_a_label_of_probability_zero_is_infinitely_bad():
+    assert float(metrics.nll(np.array([[1.0, 0.0]]), np.array([1]))) == math.inf
+
+
+@pytest.mark.parametrize("metric", PER_LABEL)
+@pytest.mark.parametrize("label", [-1, 7, 255])
+def test_a_label_that_is_no_class(metric, label):
+    probs, labels = example()
+    labels[3] = label
+    message = rf"labels holds {label}, but probs has 7 classes, 0 to 6: renumber"
+    with pytest.raises(ValueError, match=message):
+        metric(probs, labels)
+    assert np.isnan(jax.jit(metric)(probs, labels))
+
+
+def test_reliability_shows_where_a_label_is_no_class_inside_jit():
+    probs, _ = binary([0.6, 0.9], [1, 1])
+    bins = jax.jit(metrics.reliability, static_argnums=2)(probs, np.array([-1, 0]), 2)
+    assert np.isnan(bins.accuracy).all()  # one bin is empty, the other holds the bad label
+    bins = jax.jit(metrics.reliability, static_argnums=2)(probs, np.array([-1, 0]), 10)
+    assert float(bins.accuracy[8]) == 1.0
+    assert int(bins.count[5]) == 1
+
+
+@pytest.mark.parametrize("metric", PER_LABEL)
+def test_a_nan_among_the_probabilities(metric):
+    probs, labels = example()
+    probs[5, (labels[5] + 1) % 7] = np.nan
+    with pytest.raises(ValueError, match=r"probs sums to nan .*nan comes from the model's outputs"):
+        metric(probs, labels)
+    assert np.isnan(jax.jit(metric)(probs, labels))
+
+
+def test_constants_inside_jit_are_checked_and_do_no_harm():
+    probs, labels = (jnp.asarray(x) for x in example())
+    wrong, negative = jnp.full_like(labels, 9), -probs
+    with pytest.raises(ValueError, match="labels holds 9"):
+        jax.jit(lambda p: metrics.nll(p, wrong))(probs)
+    with pytest.raises(ValueError, match="negative value"):
+        jax.jit(lambda y: metrics.nll(negative, y))(labels)
+    expected = metrics.nll(probs, labels)
+    np.testing.assert_allclose(jax.jit(lambda y: metrics.nll(probs, y))(labels), expected)
+
+
+def call_all(probs, labels):
+    """Every public function of probabilities, as calls without arguments."""
+    yield from (lambda m=m: m(probs, labels) for m in (*PER_LABEL, metrics.reliability))
+    yield lambda: metrics.predictive_entropy(probs)
+
+
+def test_logits_log_probabilities_and_single_columns_are_refused():
+    probs, labels = example()
+    bad = {
+        "probs holds the negative value -.*softmax.*jnp.exp": np.log(probs),
+        "probs sums to 2 .*not to 1.*softmax": 2 * probs,
+        r"probs sums to \S+ .*two classes need two columns": probs[:, :1] * 0.5,
+    }
+    for message, values in bad.items():
+        for call in call_all(values, labels * 0):
+            with pytest.raises(ValueError, match=message):
+                call()
+        with pytest.raises(ValueError, match="sample_" + message):
+            metrics.mutual_information(values[None])
+
+
+def test_one_bad_example_among_many_is_found():
+    probs, labels = example()
+    probs[17] *= 1.05
+    with pytest.raises(ValueError, match=r"sums to 1\.05 "):
+        metrics.nll(probs, labels)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), ()])
+def test_empty_probabilities(shape):
+    probs = np.ones(shape, np.float32)
+    for call in call_all(probs, np.zeros(shape[:-1], int)):
+        with pytest.raises(ValueError, match=r"probs has shape .*at least one example"):
+            call()
+
+
+def test_samples_need_their_axis():
+    with pytest.raises(ValueError, match=r"sample_probs has shape \(2,\).*axis of samples first"):
+        metrics.mutual_information([0.5, 0.5])
+
+
+@pytest.mark.parametrize("function", [*PER_LABEL, metrics.reliability])
+def test_labels_that_do_not_fit(function):
+    probs, labels = example(n=6)
+    with pytest.raises(ValueError, match=r"labels has shape \(5,\) and probs \(6, 7\).*\(6,\)"):
+        function(probs, labels[:5])
+    with pytest.raises(ValueError, match=r"labels has shape \(6, 7\).*argmax"):
+        function(probs, np.eye(7, dtype=int)[labels])
+    for wrong in (labels.astype(np.float32), labels > 2):
+        with pytest.raises(ValueError, match=rf"labels has dtype {wrong.dtype}.*astype\(int\)"):
+            function(probs, wrong)
+
+
+@pytest.mark.parametrize("function", [metrics.ece, metrics.reliability])
+def test_bad_bins(function):
+    probs, labels = example(n=6)
+    for num_bins in (0, -3, 2.5, None, "20"):
+        with pytest.raises(ValueError, match=rf"num_bins is {num_bins!r}, but must be an integer"):
+            function(probs, labels, num_bins)
+    with pytest.raises(ValueError, match=r"binning is 'quantile', but must be 'width' .*'count'"):
+        function(probs, labels, binning="quantile")
+    function(probs, labels, np.int64(5))
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (np.zeros(0), r"has shape \(0,\), but must be one-dimensional and not empty"),
+        (np.zeros((2, 2)), r"has shape \(2, 2\).*ravel"),
+        (np.array([1.0, np.nan]), "holds NaN"),
+    ],
+)
+def test_bad_scores(position, scores, message):
+    arguments = [np.zeros(3), np.zeros(3)]
+    arguments[position] = scores
+    name = ("scores_in", "scores_out")[position]
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        metrics.auroc(*arguments)
+    if scores.ndim == 1 and scores.size:
+        assert np.isnan(jax.jit(metrics.auroc)(*arguments))

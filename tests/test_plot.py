@@ -1,0 +1,272 @@
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from swagjax import metrics
+from swagjax.plot import entropy_histograms, reliability_diagram
+
+CONFIDENCE = np.array([0.3, np.nan, 0.7, 1.0])
+ACCURACY = np.array([0.4, np.nan, 0.6, 0.95])
+COUNT = np.array([10, 0, 30, 60])
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def curves(ax):
+    return [line for line in ax.lines if line.get_gid() == "reliability"]
+
+
+def references(ax):
+    return [line for line in ax.lines if line.get_gid() == "reference"]
+
+
+def png(ax):
+    buffer = io.BytesIO()
+    ax.figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def boxes(ax):
+    """Axes, legend and axis label in pixels, after a layout."""
+    ax.figure.canvas.draw()
+    legend, label = ax.get_legend(), ax.xaxis.label
+    return ax.get_window_extent(), legend.get_window_extent(), label.get_window_extent()
+
+
+@pytest.mark.parametrize(
+    ("form", "heights"), [("gap", [0.1, -0.1, -0.05]), ("classical", [0.4, 0.6, 0.95])]
+)
+def test_draws_the_bins_that_hold_examples(form, heights):
+    (curve,) = curves(reliability_diagram(CONFIDENCE, ACCURACY, form=form))
+    np.testing.assert_allclose(curve.get_xdata(), [0.3, 0.7, 1.0])
+    np.testing.assert_allclose(curve.get_ydata(), heights, atol=1e-12)
+
+
+def test_a_bin_without_accuracy_is_left_out():
+    (curve,) = curves(reliability_diagram([0.3, 0.5], [0.4, np.nan]))
+    np.testing.assert_allclose(curve.get_xdata(), [0.3])
+
+
+def test_the_reference_is_zero_or_the_diagonal():
+    (zero,) = references(reliability_diagram(CONFIDENCE, ACCURACY))
+    (diagonal,) = references(reliability_diagram(CONFIDENCE, ACCURACY, form="classical"))
+    assert list(zero.get_ydata()) == [0, 0]
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
+
+
+@pytest.mark.parametrize("form", ["gap", "classical"])
+def test_several_methods_share_one_axes(form):
+    ax = None
+    for name in ("SGD", "SWA", "SWAG-Diag", "SWAG"):
+        ax = reliability_diagram(CONFIDENCE, ACCURACY, COUNT, form=form, ax=ax, label=name)
+    assert len(plt.get_fignums()) == 1
+    assert len(references(ax)) == 1
+    drawn = curves(ax)
+    assert len({to_hex(line.get_color()) for line in drawn}) == 4
+    assert len({str(line._dash_pattern) for line in drawn}) == 4
+    assert len({line.get_marker() for line in drawn}) == 4
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["perfect calibration", "SGD", "SWA", "SWAG-Diag", "SWAG"]
+
+
+def test_more_methods_than_styles_are_still_drawn():
+    ax = plt.subplots()[1]
+    for _ in range(9):
+        reliability_diagram(CONFIDENCE, ACCURACY, ax=ax)
+    assert len(curves(ax)) == 9
+    assert curves(ax)[7].get_color() == curves(ax)[0].get_color()
+
+
+@pytest.mark.parametrize("form", ["gap", "classical"])
+def test_points_at_both_ends_lie_inside_the_axes(form):
+    ax = reliability_diagram([0.0, 0.5, 1.0], [0.0, 0.5, 1.0], form=form)
+    ax.figure.canvas.draw()
+    pixels = ax.transData.transform(curves(ax)[0].get_xydata())
+    box = ax.get_window_extent()
+    assert np.isfinite(pixels).all()
+    assert box.x0 < pixels[:, 0].min()
+    assert pixels[:, 0].max() < box.x1
+
+
+def test_the_gap_axis_is_stretched_towards_one():
+    ax = reliability_diagram(CONFIDENCE, ACCURACY)
+    x = ax.transData.transform([(c, 0.0) for c in (0.0, 0.9, 0.99, 1.0)])[:, 0]
+    low, middle, high = np.diff(x)
+    assert low < 1.2 * middle
+    assert middle < 1.2 * high  # equal widths would make this 0.09 against 0.01
+    there, back = ax.xaxis.get_transform(), ax.xaxis.get_transform().inverted()
+    np.testing.assert_allclose(
+        back.transform(there.transform([0.2, 0.9, 0.999])), [0.2, 0.9, 0.999]
+    )
+    ticks = ax.get_xticks()
+    assert [float(tick.get_text()) for tick in ax.get_xticklabels()] == list(ticks)
+
+
+def test_halos_grow_with_the_share_of_the_examples():
+    ax = reliability_diagram(CONFIDENCE, ACCURACY, COUNT)
+    (halo,) = ax.collections
+    np.testing.assert_allclose(np.diff(halo.get_sizes()) / 470, [0.2, 0.3])
+    np.testing.assert_allclose(halo.get_offsets(), curves(ax)[0].get_xydata())
+    assert not reliability_diagram(CONFIDENCE, ACCURACY).collections
+
+
+def test_takes_what_metrics_returns():
+    probs = jnp.array([[0.9, 0.1], [0.6, 0.4], [1.0, 0.0]], jnp.bfloat16)
+    bins = metrics.reliability(probs, jnp.array([0, 1, 0]), 5)
+    ax = reliability_diagram(*bins, label="SWAG")
+    expected = np.asarray(bins.accuracy - bins.confidence)
+    np.testing.assert_allclose(curves(ax)[0].get_ydata(), expected[np.asarray(bins.count) > 0])
+    entropy_histograms(metrics.predictive_entropy(probs), metrics.predictive_entropy(probs))
+
+
+def test_bins_that_are_all_empty_give_an_empty_picture():
+    ax = reliability_diagram([np.nan], [np.nan], [0], label="nothing")
+    assert len(curves(ax)[0].get_xdata()) == 0
+    assert png(ax)
+
+
+def test_keywords_replace_the_style():
+    ax = reliability_diagram(CONFIDENCE, ACCURACY, c="red", ls=":", marker="*", lw=3)
+    (curve,) = curves(ax)
+    assert (curve.get_color(), curve.get_linestyle(), curve.get_marker()) == ("red", ":", "*")
+    assert curve.get_linewidth() == 3
+
+
+@pytest.mark.parametrize("form", ["gap", "classical"])
+def test_labels_say_what_is_drawn(form):
+    ax = reliability_diagram(CONFIDENCE, ACCURACY, form=form)
+    assert ax.get_title() == "Reliability diagram"
+    assert ax.get_xlabel().startswith("confidence (mean per bin")
+    assert ax.get_ylabel().startswith({"gap": "accuracy minus conf", "classical": "accuracy"}[form])
+    assert ax.get_legend() is None  # nothing is named
+
+
+def draw_reliability(ax=None):
+    return reliability_diagram(CONFIDENCE, ACCURACY, COUNT, ax=ax, label="SWAG")
+
+
+def draw_entropies(ax=None):
+    return entropy_histograms([0.1, 0.2], [0.6, 0.5], ax=ax)
+
+
+@pytest.mark.parametrize("draw", [draw_reliability, draw_entropies])
+class TestBoth:
+    def test_the_legend_covers_neither_data_nor_label(self, draw):
+        axes, legend, label = boxes(draw())
+        assert legend.y1 <= label.y0
+        assert legend.y1 < axes.y0
+        assert legend.y0 >= 0
+
+    def test_draws_on_the_axes_it_is_given_and_makes_no_figure(self, draw):
+        ax = plt.subplots()[1]
+        ax.set_title("mine")
+        assert draw(ax) is ax
+        assert len(plt.get_fignums()) == 1
+        assert ax.get_title() == "mine"
+
+    def test_renders_and_is_never_shown(self, draw, monkeypatch):
+        monkeypatch.setattr(plt, "show", lambda *_: pytest.fail("shown"))
+        ax = draw()
+        assert len(plt.get_fignums()) == 1
+        assert png(ax).startswith(b"\x89PNG")
+
+
+def test_an_unknown_form():
+    with pytest.raises(ValueError, match="form is 'bars', but must be 'gap' or 'classical'"):
+        reliability_diagram(CONFIDENCE, ACCURACY, form="bars")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [([0.1, 0.2], [0.1]), ([[0.1]], [[0.1]]), ([0.1], [0.1], [1, 2]), (0.1, 0.1)],
+)
+def test_bins_that_do_not_match(arrays):
+    with pytest.raises(ValueError, match=r"confidence, accuracy and count have shapes .*equally"):
+        reliability_diagram(*arrays)
+    assert not plt.get_fignums()
+
+
+def bars(ax, index):
+    """Edges and heights of one histogram, read off its outline."""
+    outline = ax.patches[index].get_xy()
+    edges = np.unique(outline[:, 0])
+    upper = outline[: 2 * len(edges)]
+    return edges, upper[1:-1:2, 1]
+
+
+def test_histograms_are_densities_over_common_bins():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.uniform(0, 0.7, 500), rng.uniform(0.2, 2.2, 90)
+    ax = entropy_histograms(inside, outside, num_bins=12, num_classes=10)
+    edges = np.linspace(0, np.log(10), 13)
+    for index, values in enumerate((inside, outside)):
+        drawn_edges, heights = bars(ax, index)
+        np.testing.assert_allclose(drawn_edges, edges)
+        np.testing.assert_allclose(heights, np.histogram(values, edges, density=True)[0])
+        np.testing.assert_allclose(np.sum(heights * np.diff(edges)), 1)
+
+
+def test_without_classes_the_bins_end_at_the_greatest_entropy():
+    ax = entropy_histograms([0.1, 0.2], [0.5, 1.5], num_bins=3)
+    np.testing.assert_allclose(bars(ax, 0)[0], [0, 0.5, 1.0, 1.5])
+    assert ax.get_xlim() == (0, 1.5)
+
+
+def test_entropies_that_are_all_zero():
+    assert bars(entropy_histograms([0.0, 0.0], [0.0]), 1)[0][-1] == 1.0
+
+
+def test_rounding_beyond_log_c_loses_no_example():
+    uniform = np.float32(np.log(10)) + np.float32(3e-7)
+    ax = entropy_histograms([-1e-7, 1.0], [uniform, 1.0], num_bins=4, num_classes=10)
+    for index, shares in enumerate(([0.5, 0.5, 0, 0], [0, 0.5, 0, 0.5])):
+        edges, heights = bars(ax, index)
+        np.testing.assert_allclose(heights * np.diff(edges), shares)
+
+
+def test_the_two_histograms_differ_in_colour_and_hatch_and_have_units():
+    ax = entropy_histograms([0.1], [0.2], labels=("digits 0-4", "digits 5-9"))
+    inside, outside = ax.patches
+    assert inside.get_facecolor() != outside.get_facecolor()
+    assert inside.get_hatch() != outside.get_hatch()
+    assert ax.get_xlabel() == "predictive entropy (nats)"
+    assert ax.get_ylabel() == "density (per nat)"
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["digits 0-4", "digits 5-9"]
+
+
+@pytest.mark.parametrize("name", ["entropy_in", "entropy_out"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "is empty"),
+        ([np.nan], "not finite"),
+        ([np.inf], "not finite"),
+        ([-0.5, 0.2], "between -0.5 and 0.2"),
+        ([0.2, 3.32], r"between 0.2 and 3.32.*2.30259 nats.*bits"),
+    ],
+)
+def test_bad_entropies(name, values, message):
+    arguments = {"entropy_in": [0.1], "entropy_out": [0.1]} | {name: values}
+    with pytest.raises(ValueError, match=rf"{name} .*{message}"):
+        entropy_histograms(**arguments, num_classes=10)
+    assert not plt.get_fignums()
+
+
+def test_bad_numbers():
+    with pytest.raises(ValueError, match="num_bins is 0, but must be 1 or more"):
+        entropy_histograms([0.1], [0.1], num_bins=0)
+    with pytest.raises(ValueError, match="num_classes is 1, but must be 2 or more"):
+        entropy_histograms([0.1], [0.1], num_classes=1)
