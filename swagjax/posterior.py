@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from swagjax import prng
+from swagjax import pooling, prng
 from swagjax.transform import SWAGState, widen
 
 Centering = Literal["running", "final"]
@@ -334,9 +334,7 @@ def _from_noise(
     theta = jax.tree.map(lambda m, v, z: widen(m) + jnp.sqrt(v) * z, state.mean, diagonal, z1)
     if z2 is not None:
         weights = _contract(_mixing(state, scale, centering), z2)
-        theta = jax.tree.map(
-            lambda t, ring: t + _contract(weights, widen(ring)), theta, state.deviations
-        )
+        theta = jax.tree.map(jnp.add, theta, _combine(state, weights))
     theta = jax.tree.map(lambda m, t: t.astype(m.dtype), state.mean, theta)
     return theta if like is None else _fill(theta, like)
 
@@ -350,8 +348,9 @@ def _log_prob(
     *,
     centering: Centering,
 ) -> jax.Array:
+    state, params = _pooled(state, params)
     diagonal = _diagonal(state, scale, min_variance)
-    residual = jax.tree.map(lambda m, p: p.astype(widen(m).dtype) - widen(m), state.mean, params)
+    residual = jax.tree.map(lambda m, p: p - widen(m), state.mean, params)
     white = jax.tree.map(_whiten, diagonal, residual)
     # Off the mean in a direction of no variance: infinitely far.
     stray = jax.tree.map(lambda v, r: ((v == 0) & (r != 0)).any(), diagonal, residual)
@@ -378,12 +377,34 @@ def _entropy(
     *,
     centering: Centering,
 ) -> jax.Array:
+    (state,) = _pooled(state)
     diagonal = _diagonal(state, scale, min_variance)
     log_det = _sum(jax.tree.map(lambda v: jnp.log(v).sum(), diagonal))
     if state.deviations is not None:
         factor, _ = _capacitance(state, diagonal, scale, centering)
         log_det += 2 * jnp.log(jnp.diagonal(factor)).sum()
     return (_size(state) * (1 + math.log(2 * math.pi)) + log_det) / 2
+
+
+def _combine(state: SWAGState, weights: jax.Array) -> Any:
+    """D times K weights, a tree like the mean."""
+    leaves, treedef = jax.tree.flatten(state.mean)
+    groups = pooling.group(leaves)
+    rings = pooling.pool(jax.tree.leaves(state.deviations), groups, lead=1)
+    products = [_contract(weights, widen(ring)) for ring in rings]
+    return jax.tree.unflatten(treedef, pooling.unpool(products, groups, leaves))
+
+
+def _pooled(state: SWAGState, *trees: Any) -> tuple[SWAGState, ...]:
+    """The state, and trees like its mean, with the small leaves joined: lists of few arrays."""
+    groups = pooling.group(jax.tree.leaves(state.mean))
+
+    def pool(tree: Any, lead: int = 0) -> Any:
+        return None if tree is None else pooling.pool(jax.tree.leaves(tree), groups, lead)
+
+    mean, variance, deviations = pool(state.mean), pool(state.variance), pool(state.deviations, 1)
+    state = state._replace(mean=mean, variance=variance, deviations=deviations)
+    return (state, *map(pool, trees))
 
 
 def _diagonal(state: SWAGState, scale: chex.Numeric, min_variance: chex.Numeric) -> Any:
@@ -474,7 +495,11 @@ def _noise_dtype(state: SWAGState) -> Any:
 
 def _restrict(state: SWAGState, tree: Any, name: str) -> Any:
     """The leaves of ``tree`` that the state holds, checked for structure and shape."""
-    return _pair(state.mean, tree, name, lambda hole, _: hole, lambda _, leaf, __: leaf)
+
+    def cast(m: jax.Array, leaf: jax.Array, _: Any) -> jax.Array:
+        return leaf.astype(widen(m).dtype)
+
+    return _pair(state.mean, tree, name, lambda hole, _: hole, cast)
 
 
 def _fill(theta: Any, like: Any) -> Any:

@@ -7,17 +7,16 @@ mostly drawing normals, hence this module; every other case is left to ``jax.ran
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": threefry-2x32, 20 rounds.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from swagjax import pooling
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
-_POOLED = 1 << 14  # leaves below this size are cut from one vector: compiled once, not once each
 
 
 def typed_keys(key: Any) -> jax.Array:
@@ -64,8 +63,7 @@ def one_key(key: Any) -> jax.Array:
 def normal_like(key: jax.Array, tree: Any) -> Any:
     """Draw independent standard normals in the shapes and dtypes of a tree of arrays.
 
-    Large leaves draw with a key of their own; small ones of a dtype are cut from one vector,
-    because each draw costs compile time. Which leaf is which depends on the sizes alone.
+    Large leaves draw with a key of their own, the small ones of a dtype from one vector.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -75,15 +73,12 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
       ((2, 3), (5,))
     """
     leaves, treedef = jax.tree.flatten(tree)
-    small = [leaf for leaf in leaves if leaf.size < _POOLED]
-    dtypes = list(dict.fromkeys(leaf.dtype for leaf in small))
-    keys = iter(jax.random.split(key, len(dtypes) + len(leaves) - len(small)))
-    pools = {d: _cut(next(keys), [x for x in small if x.dtype == d], d) for d in dtypes}
+    groups = pooling.group(leaves)
+    keys = jax.random.split(key, len(groups))
     draws = [
-        next(pools[x.dtype]) if x.size < _POOLED else normal(next(keys), x.shape, x.dtype)
-        for x in leaves
+        _draw(k, [leaves[i] for i in members]) for k, members in zip(keys, groups, strict=True)
     ]
-    return jax.tree.unflatten(treedef, draws)
+    return jax.tree.unflatten(treedef, pooling.unpool(draws, groups, leaves))
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -106,16 +101,16 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return draw
 
 
-def _cut(key: jax.Array, leaves: list[jax.Array], dtype: Any) -> Iterator[jax.Array]:
-    """Yield the draws of several leaves from one vector."""
-    sizes = [leaf.size for leaf in leaves]
+def _draw(key: jax.Array, leaves: list[jax.Array]) -> jax.Array:
+    """Draw for one leaf in its shape, or for several in one vector."""
+    if len(leaves) == 1:
+        return normal(key, leaves[0].shape, leaves[0].dtype)
     # In two halves by a loop, which XLA does not fuse: it would copy the generator into the
     # arithmetic of every leaf otherwise, and compile it there (300 leaves: 11 s instead of 2 s).
-    half = (-(-sum(sizes) // 2),)
-    pool = jax.lax.map(lambda k: normal(k, half, dtype), jax.random.split(key)).reshape(-1)
-    ends = list(itertools.accumulate(sizes))
-    for leaf, part in zip(leaves, jnp.split(pool, ends), strict=False):
-        yield part.reshape(leaf.shape)
+    size = sum(leaf.size for leaf in leaves)
+    half, dtype = (-(-size // 2),), leaves[0].dtype
+    halves: jax.Array = jax.lax.map(lambda k: normal(k, half, dtype), jax.random.split(key))
+    return halves.reshape(-1)[:size]
 
 
 def _unrollable(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> bool:
