@@ -275,7 +275,7 @@ def check_collected(state: SWAGState) -> None:
         raise ValueError(
             f"the state holds several members, count={state.count}: map over them with jax.vmap"
         )
-    if _concrete(state.count) and state.count == 0:
+    if _concrete(state.count) and int(state.count) == 0:  # int: never staged into a trace
         raise ValueError(
             f"the state has collected no iterate (count={state.count} after step={state.step}): "
             "train past `start` until `every` or `when` comes round"
@@ -298,7 +298,10 @@ def _variance(
     def total(v: jax.Array, ring: jax.Array) -> jax.Array:
         return v + (_contract(mixing.T, widen(ring)) ** 2).sum(0)
 
-    return jax.tree.map(total, diagonal, state.deviations)
+    # By leaves: the boxes of a ring (linen.Partitioned, nnx.Param) carry metadata of their own.
+    leaves, treedef = jax.tree.flatten(diagonal)
+    pairs = zip(leaves, jax.tree.leaves(state.deviations), strict=True)
+    return jax.tree.unflatten(treedef, [total(*pair) for pair in pairs])
 
 
 @functools.partial(jax.jit, static_argnames="centering")
@@ -549,7 +552,7 @@ def _check(
     if centering not in ("running", "final"):
         raise ValueError(f"centering={centering!r}: give 'running' or 'final'")
     for name, value in (("scale", scale), ("min_variance", min_variance)):
-        if jnp.shape(value) != () or (_concrete(value) and not 0 <= value < math.inf):
+        if jnp.shape(value) != () or (_concrete(value) and not 0 <= float(value) < math.inf):
             raise ValueError(f"{name}={value!r}: give a finite number of at least zero")
 
 

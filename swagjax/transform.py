@@ -108,7 +108,8 @@ def swag(
         boolean scalar: whether to collect after the t-th call.
       accumulator_dtype: dtype of mean and variance; by default that of the parameter, float32 at
         the least.
-      deviation_dtype: dtype of the deviations; by default that of the accumulators.
+      deviation_dtype: dtype of the deviations; by default that of the accumulators. bfloat16
+        halves the memory; on CPU, XLA then copies the whole ring at each collection.
 
     Returns:
       A gradient transformation whose state is a :class:`SWAGState`.
@@ -289,7 +290,9 @@ def _observer(
     def accumulator(p: Any, dtype: Any = accumulator_dtype) -> jax.Array:
         return jnp.zeros_like(p, dtype=_storage_dtype(p, dtype))
 
-    def ring(p: Any) -> jax.Array:
+    def ring(p: Any) -> Any:
+        if _is_box(p):
+            return _rebox(p, ring)
         # Broadcast, not made from a bare shape, which would lose the sharding of p.
         row = accumulator(p, deviation_dtype or accumulator_dtype)
         return jnp.broadcast_to(row, (rank, *row.shape))
@@ -302,7 +305,7 @@ def _observer(
             skipped=jnp.zeros((), jnp.int32),
             mean=jax.tree.map(accumulator, params),
             variance=jax.tree.map(accumulator, params) if second_moment else None,
-            deviations=jax.tree.map(ring, params) if rank else None,
+            deviations=jax.tree.map(ring, params, is_leaf=_is_box) if rank else None,
         )
 
     def update_fn(
@@ -318,10 +321,16 @@ def _observer(
         iterate = optax.apply_updates(params, updates)
         # On ``step`` alone: a predicate that differs between vmapped members would turn the
         # branch into a selection over the ring.
-        state = jax.lax.cond(due(state.step), _collect, lambda s, _: s, state, iterate)
+        state = jax.lax.cond(due(state.step), _collect, _pass, state, iterate)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _pass(state: SWAGState, iterate: optax.Params) -> SWAGState:
+    """Collect nothing. A function of the module: a new one a call would be compiled anew."""
+    del iterate
+    return state
 
 
 def _collect(state: SWAGState, iterate: optax.Params) -> SWAGState:
@@ -347,7 +356,7 @@ def _collect(state: SWAGState, iterate: optax.Params) -> SWAGState:
         return approach(v, e * e * growth - widen(v))
 
     def push(ring: jax.Array, e: jax.Array) -> jax.Array:
-        return _write_row(ring, jax.lax.rem(row, ring.shape[0]), e, finite)
+        return _write_row(ring, jax.lax.rem(row, jnp.int32(ring.shape[0])), e, finite)
 
     mean = jax.tree.map(lambda m, x: approach(m, difference(x, m)), state.mean, theta)
     deviation = jax.tree.map(difference, theta, mean)
@@ -370,8 +379,15 @@ def _write_row(ring: jax.Array, row: jax.Array, new: jax.Array, valid: jax.Array
 
 
 def _map_kept(function: Callable[..., jax.Array], kept: Any, other: Any) -> Any:
-    """Map over a field of the state, or leave it out where the method keeps none."""
-    return None if kept is None else jax.tree.map(function, kept, other)
+    """Map over a field of the state, or leave it out where the method keeps none.
+
+    By leaves: the boxes of a ring carry other metadata than those of the parameters.
+    """
+    if kept is None:
+        return None
+    leaves, treedef = jax.tree.flatten(kept)
+    pairs = zip(leaves, jax.tree.leaves(other), strict=True)
+    return jax.tree.unflatten(treedef, [function(*pair) for pair in pairs])
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -450,6 +466,26 @@ def _is_state(node: Any) -> bool:
 def _is_variable(node: Any) -> bool:
     """Whether a node is a variable of flax.nnx, told by its interface: flax is no dependency."""
     return hasattr(node, "get_metadata") and hasattr(node, "get_value")
+
+
+def _is_box(node: Any) -> bool:
+    """Whether a node is an array with metadata of its axes: flax.linen's boxes, nnx variables."""
+    return _is_variable(node) or (hasattr(node, "replace_boxed") and hasattr(node, "add_axis"))
+
+
+def _rebox(box: Any, function: Callable[[Any], Any]) -> Any:
+    """Map what is in a box to a ring, and move the names of its axes past the rank axis.
+
+    Left as they are, the names would shard the ring over its rank: silently, where it divides.
+    """
+    if not _is_variable(box):
+        return box.replace_boxed(function(box.unbox())).add_axis(0, {"partition_name": None})
+    names = {
+        name: (None, *value)
+        for name, value in box.get_metadata().items()
+        if name.endswith("sharding") and isinstance(value, tuple)
+    }
+    return box.copy(function(box.get_value()), **names)
 
 
 def _unwrap(node: Any) -> Any:

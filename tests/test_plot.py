@@ -18,12 +18,6 @@ ACCURACY = np.array([0.4, np.nan, 0.6, 0.95])
 COUNT = np.array([10, 0, 30, 60])
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 def curves(ax):
     return [line for line in ax.lines if line.get_gid() == "reliability"]
 
