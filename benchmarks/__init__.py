@@ -1,0 +1,1 @@
+"""Experiments and measurements of swagjax: ``python -m benchmarks --help``."""

@@ -1,0 +1,1 @@
+"""One module an experiment: a dataclass of options and one function."""
