@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from swagjax import prng
-from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
+from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored, unjit
 from swagjax.posterior import check_collected, sample
-from swagjax.transform import SWAGState, widen
+from swagjax.transform import SWAGState, check_integer, widen
 
 _WEIGHTS_IN_FLIGHT = 1 << 30  # bytes of samples side by side on an accelerator, by default
 
@@ -50,8 +50,8 @@ def predict(
     Anything else that is to be averaged may stand in its place, in any tree of arrays.
 
     Args:
-      key: one PRNG key; or an array of keys, one for each sample in place of ``num_samples``,
-        which may be sharded over devices to spread the samples over them.
+      key: one PRNG key; or in place of ``num_samples`` an array of keys, one for each sample (for
+        each pair if ``antithetic``), sharded over devices to spread the samples over them.
       posterior: a ``SWAGState``, or a function from a key to weights.
       prob_fn: ``(params, inputs) -> outputs``, or with ``refresh``
         ``(params, inputs, statistics) -> outputs``.
@@ -246,22 +246,25 @@ def _prepare(
         )
     if antithetic and not _is_state(posterior):
         raise ValueError("antithetic=True: only a SWAGState has a mean to mirror samples at")
-    if num_samples < 1 or (antithetic and num_samples % 2):
-        raise ValueError(
-            f"num_samples={num_samples}: give at least 1, and an even number if antithetic"
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: give at least 1")
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size, 1)
     if refresh is None:
         refuse_closure(prob_fn)
     keys = prng.typed_keys(key)
-    if keys.ndim > 1:
+    if keys.ndim > 1 or keys.size == 0:
         raise ValueError(f"key holds keys of shape {keys.shape}: give one, or one for each sample")
     if chunk_size is None:
         chunk_size = len(keys) if keys.ndim else _default_chunk(posterior, keys)
     if not keys.ndim:
-        keys = jax.random.split(keys, num_samples // 2 if antithetic else num_samples)
-    return _Run(posterior, prob_fn, refresh, chunk_size, antithetic), keys
+        keys = _split(keys, num_samples, antithetic)
+    return _Run(posterior, unjit(prob_fn), refresh, chunk_size, antithetic), keys
+
+
+def _split(key: jax.Array, num_samples: int, antithetic: bool) -> jax.Array:
+    check_integer("num_samples", num_samples, 1)
+    if antithetic and num_samples % 2:
+        raise ValueError(f"num_samples={num_samples}: antithetic pairs ask for an even number")
+    return jax.random.split(key, num_samples // 2 if antithetic else num_samples)
 
 
 def _default_chunk(posterior: Any, key: jax.Array) -> int:
@@ -276,6 +279,13 @@ def _run(run: _Run, keys: jax.Array, stats: Any, inputs: Any, reduction: _Reduct
     leaves, treedef = jax.tree.flatten(run)
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
     others = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
+    try:
+        hash((treedef, others))
+    except TypeError as error:
+        raise ValueError(
+            f"posterior, prob_fn or refresh holds what can be neither traced nor compiled in "
+            f"({error}): give functions, or pytrees of arrays and hashable values"
+        ) from error
     return _program(arrays, keys, stats, inputs, _Static(treedef, others), reduction)
 
 

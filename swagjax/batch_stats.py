@@ -18,6 +18,7 @@ Source: Maddox et al. 2019 (arXiv:1902.02476), algorithm 1; Izmailov et al. 2018
 """
 
 import contextlib
+import functools
 import inspect
 import math
 import sys
@@ -69,7 +70,7 @@ def linen(
       >>> print(f"{stats['mean'][0]:.3f} {stats['var'][0]:.3f}")
       4.000 1.000
     """
-    train_pass = _bind(_linen_pass, model, apply_kwargs)
+    train_pass = jax.tree_util.Partial(_linen_pass, model, apply_kwargs)
     return refresher(train_pass, batch_stats, inputs, batch_size=batch_size)
 
 
@@ -107,7 +108,7 @@ def nnx(model: Any, inputs: Any, *, batch_size: int = 256) -> Refresh:
     _, stats, rest = map(flax_nnx.as_pure, states)
     if not jax.tree.leaves(stats):
         raise ValueError("model has no nnx.BatchStat variables: predict needs no refresh")
-    train_pass = _bind(_nnx_pass, graphdef, rest)
+    train_pass = jax.tree_util.Partial(_nnx_pass, graphdef, rest)
     return refresher(train_pass, stats, inputs, batch_size=batch_size)
 
 
@@ -122,7 +123,7 @@ def keep(batch_stats: Any) -> Refresh:
       >>> batch_stats.keep({"mean": 0.0})({"params": 1.0})
       {'mean': 0.0}
     """
-    return _bind(_constant, batch_stats)
+    return jax.tree_util.Partial(_constant, batch_stats)
 
 
 def refresher(
@@ -168,12 +169,14 @@ def refresher(
     inputs = jax.tree.map(jnp.asarray, inputs)
     full = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), inputs)
     rest = jax.tree.map(lambda x: x[whole:], inputs)
-    return _bind(_recompute, train_pass, batch_stats, full, rest)
+    return jax.tree_util.Partial(_recompute, train_pass, batch_stats, full, rest)
 
 
 @contextlib.contextmanager
 def refuse_stored() -> Iterator[None]:
     """Refuse, while the body traces, a linen BatchNorm that runs on stored statistics.
+
+    One inside a jitted function that was called before is not traced again, and not seen.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -206,6 +209,9 @@ def refuse_stored() -> Iterator[None]:
 def refuse_closure(prob_fn: Any) -> None:
     """Refuse a function that refers to ``nnx.BatchStat`` variables, stored statistics in nnx.
 
+    A look at the function's closure, globals and bound arguments, and at those of functions of its
+    module that it refers to; not a proof.
+
     Example:
       >>> from flax import nnx
       >>> from swagjax import batch_stats
@@ -216,23 +222,52 @@ def refuse_closure(prob_fn: Any) -> None:
       ValueError: prob_fn runs BatchNorm on stored statistics, which belong to other weights...
     """
     nnx_module = sys.modules.get("flax.nnx")
-    if nnx_module is None or not inspect.isfunction(prob_fn):
+    if nnx_module is None:
         return
-    names = inspect.getclosurevars(prob_fn)
-    referred = [*names.nonlocals.values(), *names.globals.values()]
 
     def is_stat(node: Any) -> bool:
         return isinstance(node, nnx_module.BatchStat)
 
-    if any(map(is_stat, jax.tree.leaves(referred, is_leaf=is_stat))):
+    if any(map(is_stat, jax.tree.leaves(_referred(prob_fn), is_leaf=is_stat))):
         raise ValueError(_STORED)
 
 
-def _bind(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Bind the first arguments; the result is a pytree whose leaves they are."""
-    partial: Any = jax.tree_util.Partial
-    bound: Callable[..., Any] = partial(function, *args)
-    return bound
+def unjit(function: Any) -> Any:
+    """Return what ``jax.jit`` wraps: a trace in its cache would hide the layers from a look.
+
+    Example:
+      >>> import jax
+      >>> from swagjax.batch_stats import unjit
+      >>> unjit(jax.jit(len)) is unjit(len) is len
+      True
+    """
+    return inspect.unwrap(function) if isinstance(function, type(jax.jit(len))) else function
+
+
+def _referred(function: Any) -> list[Any]:
+    """What a function refers to: bound arguments, closed-over and global values.
+
+    Functions among them are followed where they are of the same module: the caller's, no library.
+    """
+    seen, found, waiting = set(), [], [function]
+    while waiting:
+        bare = unjit(waiting.pop())
+        if id(bare) in seen:
+            continue
+        seen.add(id(bare))
+        if isinstance(bare, functools.partial):
+            waiting.append(bare.func)
+            found += [*bare.args, *bare.keywords.values()]
+        elif inspect.isfunction(bare):
+            names = inspect.getclosurevars(bare)
+            values = [*names.nonlocals.values(), *names.globals.values()]
+            found += values
+            waiting += [v for v in values if _module(v) == bare.__module__]
+    return found
+
+
+def _module(value: Any) -> str | None:
+    return getattr(unjit(value), "__module__", None) if callable(value) else None
 
 
 def _linen_pass(model: Any, apply_kwargs: Any, params: Any, batch_stats: Any, batch: Any) -> Any:
@@ -259,11 +294,9 @@ def _recompute(train_pass: Any, template: Any, full: Any, rest: Any, params: Any
     zeros = _filled(template, 0.0)
     # The momentum is the same for any batch: a few examples of the first will do.
     probe = jax.tree.map(lambda x: x[0, :8], full)
-    share = jax.tree.map(
-        _batch_share,
-        train_pass(params, zeros, probe),
-        train_pass(params, _filled(template, 1.0), probe),
-    )
+    ones = _filled(template, 1.0)
+    passes = (train_pass(params, start, probe) for start in (zeros, ones))
+    share = jax.tree.map(_batch_share, template, *passes)
 
     def add(total: Any, batch: Any) -> tuple[Any, None]:
         weight = len(_first(batch))
@@ -278,11 +311,13 @@ def _recompute(train_pass: Any, template: Any, full: Any, rest: Any, params: Any
     return jax.tree.map(lambda s, t: t / count if _is_float(s) else s, template, total)
 
 
-def _batch_share(at_zero: jax.Array, at_one: jax.Array) -> jax.Array:
+def _batch_share(leaf: Any, at_zero: jax.Array, at_one: jax.Array) -> jax.Array:
     """1 - momentum of a leaf: its median over the features, NaN where it differs between them.
 
     Taken per feature it would lose digits at a momentum such as 0.999.
     """
+    if not _is_float(leaf):
+        return jnp.ones(())  # kept as it is, whatever a pass makes of it
     momentum = jnp.asarray(at_one - at_zero, jnp.float32)
     median = jnp.median(momentum)
     rounding = 1e-3 * jnp.maximum(1, jnp.abs(at_zero))

@@ -34,6 +34,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from swagjax import pooling, prng
 from swagjax.transform import SWAGState, widen
@@ -466,7 +467,16 @@ def _inner(rows: jax.Array, x: jax.Array) -> jax.Array:
     """Inner products over all axes of a leaf: (K, ...) with (...) or (K, ...)."""
     rows_axes = tuple(range(1, rows.ndim))
     x_axes = tuple(range(x.ndim - len(rows_axes), x.ndim))
-    return jnp.tensordot(rows, x, (rows_axes, x_axes), precision=jax.lax.Precision.HIGHEST)
+    # Explicitly sharded leaves ask where the result is to live: everywhere, it is K x K at most.
+    everywhere = NamedSharding(jax.typeof(rows).sharding.mesh, PartitionSpec())
+    product: jax.Array = jnp.tensordot(
+        rows,
+        x,
+        (rows_axes, x_axes),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=everywhere,
+    )
+    return product
 
 
 def _contract(a: jax.Array, b: jax.Array) -> jax.Array:

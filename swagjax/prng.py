@@ -35,9 +35,10 @@ def typed_keys(key: Any) -> jax.Array:
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jnp.asarray(key)
-    if dtype != jnp.uint32 or jnp.ndim(key) == 0:
-        raise ValueError(f"key={key!r}: give a PRNG key, such as jax.random.key(0)")
-    typed: jax.Array = jax.random.wrap_key_data(key)
+    try:
+        typed: jax.Array = jax.random.wrap_key_data(key)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"key={key!r}: give a PRNG key, such as jax.random.key(0)") from error
     return typed
 
 

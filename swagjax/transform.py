@@ -109,7 +109,7 @@ def swag(
       accumulator_dtype: dtype of mean and variance; by default that of the parameter, float32 at
         the least.
       deviation_dtype: dtype of the deviations; by default that of the accumulators. bfloat16
-        halves the memory; on CPU, XLA then copies the whole ring at each collection.
+        halves the memory; on CPU, XLA then widens the whole ring at each collection and draw.
 
     Returns:
       A gradient transformation whose state is a :class:`SWAGState`.
@@ -134,7 +134,7 @@ def swag(
     Source: Maddox et al. 2019, section 3.2 and algorithm 1 (one collection an epoch there:
     ``every=steps_per_epoch``, ``rank=20``).
     """
-    if _integer("rank", rank, 1) < 2:
+    if check_integer("rank", rank, 1) < 2:
         raise ValueError(
             f"rank={rank}: the low-rank part divides by rank - 1 and needs at least 2 deviations; "
             "swag_diag is SWAG without a low-rank part"
@@ -277,6 +277,25 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def check_integer(name: str, value: Any, least: int) -> int:
+    """Check an argument that is an integer of at least ``least``, and return it as an int.
+
+    Example:
+      >>> from swagjax.transform import check_integer
+      >>> check_integer("every", 0, 1)
+      Traceback (most recent call last):
+      ...
+      ValueError: every=0: give an integer of at least 1
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
+    return number
+
+
 def _observer(
     due: Callable[[jax.Array], jax.Array],
     second_moment: bool,
@@ -402,7 +421,7 @@ def _cadence(
     start: int, every: int, when: Callable[[jax.Array], jax.Array] | None
 ) -> Callable[[jax.Array], jax.Array]:
     """Build the predicate of t that says whether to collect."""
-    start, every = _integer("start", start, 0), _integer("every", every, 1)
+    start, every = check_integer("start", start, 0), check_integer("every", every, 1)
     if when is None:
         return lambda t: (t > start) & ((t - start) % every == 0)
     if (start, every) != (0, 1):
@@ -422,16 +441,6 @@ def _cadence(
         return verdict
 
     return due
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
-    return number
 
 
 def _check_dtype(name: str, dtype: Any) -> None:
