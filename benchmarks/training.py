@@ -183,7 +183,10 @@ def _side_by_side(step: Callable, steps: int) -> Callable:
 
     def epoch_of_one(member: Member, epoch_key: jax.Array, data: Part) -> Any:
         order = _order(epoch_key, data)
-        body = lambda member, i: step(member, epoch_key, order, i, data)  # noqa: E731
+
+        def body(member: Member, i: Any) -> Any:
+            return step(member, epoch_key, order, i, data)
+
         return jax.lax.scan(body, member, jnp.arange(steps))
 
     @jax.jit
@@ -198,12 +201,17 @@ def _side_by_side(step: Callable, steps: int) -> Callable:
 
 def _stack(members: list[Member], axes: Any) -> Member:
     """Stack the members' leaves, but for those that they share, whose axis is None."""
-    stack = lambda axis, *xs: xs[0] if axis is None else jnp.stack(xs)  # noqa: E731
+
+    def stack(axis: Any, *xs: jax.Array) -> jax.Array:
+        return xs[0] if axis is None else jnp.stack(xs)
+
     return jax.tree.map(stack, axes, *members, is_leaf=lambda x: x is None)
 
 
 def _unstack(stacked: Member, axes: Any, i: int) -> Member:
-    pick = lambda axis, x: x if axis is None else x[i]  # noqa: E731
+    def pick(axis: Any, x: jax.Array) -> jax.Array:
+        return x if axis is None else x[i]
+
     return jax.tree.map(pick, axes, stacked, is_leaf=lambda x: x is None)
 
 
@@ -224,7 +232,10 @@ def _shift(key: jax.Array, x: jax.Array) -> jax.Array:
     reach = max(1, x.shape[1] // 8)
     padded = jnp.pad(x, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
     corners = jax.random.randint(key, (len(x), 2), 0, 2 * reach + 1)
-    crop = lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), x.shape[1:])  # noqa: E731
+
+    def crop(image: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (*at, 0), x.shape[1:])
+
     return jax.vmap(crop)(padded, corners)
 
 

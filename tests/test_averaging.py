@@ -21,10 +21,10 @@ KEYS = jax.random.split(jax.random.key(1), 7)
 X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 CHUNKS = (1, 2, 100)  # one by one, with a rest, more than all
 PREDICTORS = (swagjax.predict, swagjax.predict_log, swagjax.predict_samples)
-EVERY = (*PREDICTORS, lambda *args, **options: next(iter(BATCHES(*args, **options))))
+EVERY = (*PREDICTORS, lambda *args, **options: next(iter(by_batches(*args, **options))))
 
 
-def BATCHES(key, posterior, prob_fn, inputs, **options):  # noqa: N802
+def by_batches(key, posterior, prob_fn, inputs, **options):
     return swagjax.predict_batches(key, posterior, prob_fn, [inputs], **options)
 
 

@@ -59,9 +59,14 @@ def test_the_numbers_of_jax_for_typed_and_raw_keys():
 def test_the_numbers_of_jax_in_a_loop_and_under_nested_maps():
     keys = jax.random.split(KEY, 6)
     expected = jax.vmap(lambda k: jax.random.normal(k, (4, 3)))(keys)
-    draw = lambda k: prng.normal(k, (4, 3), jnp.float32)  # noqa: E731
-    same(jax.lax.map(draw, keys), expected)
-    same(jax.vmap(jax.vmap(draw))(keys.reshape(2, 3)), expected.reshape(2, 3, 4, 3))
+
+    def draw(k):
+        return prng.normal(k, (4, 3), jnp.float32)
+
+    # The same bits; the last digit of the normal is up to how XLA fuses the arithmetic of a loop.
+    np.testing.assert_array_max_ulp(jax.lax.map(draw, keys), expected, maxulp=8)
+    nested = jax.vmap(jax.vmap(draw))(keys.reshape(2, 3))
+    np.testing.assert_array_max_ulp(nested, expected.reshape(2, 3, 4, 3), maxulp=8)
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
