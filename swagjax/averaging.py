@@ -9,9 +9,11 @@ holds ``chunk_size`` samples however many are averaged. They differ in what they
 ``predict_batches``  ``predict`` for every batch of an iterable
 
 ``posterior`` is a ``SWAGState`` or any function from a key to weights. Options of ``sample`` go in
-with ``jax.tree_util.Partial(swagjax.sample, state=state, scale=0.5, like=params)``: a Partial is a
-pytree, so a new state in it compiles nothing anew. Functions are told apart by identity: define
-``prob_fn`` once, not in the loop that calls ``predict``.
+with ``jax.tree_util.Partial(swagjax.sample, state=state, scale=0.5, like=params)``; ``like`` is
+what gives the samples the dtypes of the parameters, and the leaves that the state does not hold. A
+Partial is a pytree, so a new state or scale in it compiles nothing anew. Functions are told apart
+by identity: define ``prob_fn``, or a function that stands for the posterior, once, not in the loop
+that calls ``predict``.
 
 Source: Maddox et al. 2019 (arXiv:1902.02476), section 3.3 and algorithm 1.
 """
@@ -26,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from swagjax import prng
-from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored, unjit
-from swagjax.posterior import check_collected, sample
+from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
+from swagjax.posterior import check_collected, from_noise, sample
 from swagjax.transform import SWAGState, check_integer, widen
 
 _WEIGHTS_IN_FLIGHT = 1 << 30  # bytes of samples side by side on an accelerator, by default
@@ -56,12 +58,13 @@ def predict(
       prob_fn: ``(params, inputs) -> outputs``, or with ``refresh``
         ``(params, inputs, statistics) -> outputs``.
       inputs: an array or a tree of arrays, handed to ``prob_fn`` as it is.
-      num_samples: S.
+      num_samples: S. For a SWA state, a point, 1 will do.
       chunk_size: how many samples run side by side under ``vmap``. By default one at a time on
         CPU, where convolutions with a kernel per sample are slow, and elsewhere as many as fit
         1 GiB of weights; all of them where an array of keys is given.
       antithetic: draw samples in pairs mirrored at the mean, 2 theta_SWA - theta: half the random
-        numbers, and no error in what is linear in the weights. For a ``SWAGState`` and even S.
+        numbers, and no error in what is linear in the weights. For a ``SWAGState``, or a Partial
+        of ``sample`` with one, and even S.
       refresh: ``params -> statistics`` for a model with batch statistics, called for each sample:
         see :mod:`swagjax.batch_stats`.
 
@@ -205,7 +208,7 @@ class _Run(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """What of a tree is no array: its structure, and the other leaves in their places."""
+    """What of a tree is no array: its structure, and in their places the other leaves, typed."""
 
     treedef: Any
     leaves: tuple[Any, ...]
@@ -244,8 +247,8 @@ def _prepare(
             f"posterior is a {type(posterior).__name__}: give a SWAGState, "
             "swagjax.get_state(opt_state), or a function from a key to weights"
         )
-    if antithetic and not _is_state(posterior):
-        raise ValueError("antithetic=True: only a SWAGState has a mean to mirror samples at")
+    if antithetic:
+        _centre(posterior)
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, 1)
     if refresh is None:
@@ -257,7 +260,7 @@ def _prepare(
         chunk_size = len(keys) if keys.ndim else _default_chunk(posterior, keys)
     if not keys.ndim:
         keys = _split(keys, num_samples, antithetic)
-    return _Run(posterior, unjit(prob_fn), refresh, chunk_size, antithetic), keys
+    return _Run(posterior, _unjit(prob_fn), refresh, chunk_size, antithetic), keys
 
 
 def _split(key: jax.Array, num_samples: int, antithetic: bool) -> jax.Array:
@@ -278,7 +281,8 @@ def _default_chunk(posterior: Any, key: jax.Array) -> int:
 def _run(run: _Run, keys: jax.Array, stats: Any, inputs: Any, reduction: _Reduction | None) -> Any:
     leaves, treedef = jax.tree.flatten(run)
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
-    others = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
+    # With its type: 1, 1.0 and True are equal, and would share a program.
+    others = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
     try:
         hash((treedef, others))
     except TypeError as error:
@@ -299,7 +303,7 @@ def _program(
     reduction: _Reduction | None,
 ) -> Any:
     """Evaluate all samples chunk by chunk; average them, or stack them without a reduction."""
-    merged = [a if o is None else o for a, o in zip(arrays, static.leaves, strict=True)]
+    merged = [a if o is None else o[1] for a, o in zip(arrays, static.leaves, strict=True)]
     run: _Run = jax.tree.unflatten(static.treedef, merged)
     evaluate = functools.partial(_evaluate, run, inputs)
     chunk, rest = _chunked((keys, stats), run.chunk_size)
@@ -366,7 +370,7 @@ def _evaluate(run: _Run, inputs: Any, x: tuple[jax.Array, Any]) -> Any:
     key, stats = x
     draws = [_draw(run.posterior, key)]
     if run.antithetic:
-        draws.append(jax.tree.map(_mirror, run.posterior.mean, draws[0]))
+        draws.append(jax.tree.map(_mirror, _centre(run.posterior), draws[0]))
     kept = [None if stats is None else _at(stats, i) for i in range(len(draws))]
     outputs = [_output(run, inputs, *pair) for pair in zip(draws, kept, strict=True)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
@@ -383,6 +387,29 @@ def _at(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda x: x[index], tree)
 
 
+def _centre(posterior: Any) -> Any:
+    """The mean of a state, or of a Partial of ``sample``, as a sample: with ``like``, if given."""
+    if _is_state(posterior):
+        posterior = jax.tree_util.Partial(sample, state=posterior)
+    if getattr(posterior, "func", None) is not sample or "state" not in posterior.keywords:
+        raise ValueError(
+            "antithetic=True: give a SWAGState, or jax.tree_util.Partial(swagjax.sample, "
+            "state=state, ...), for a mean to mirror samples at"
+        )
+    state, like = posterior.keywords["state"], posterior.keywords.get("like")
+    rings = jax.tree.leaves(state.deviations)
+    z2 = jnp.zeros(len(rings[0]), jnp.float32) if rings else None
+    return from_noise(state, jax.tree.map(jnp.zeros_like, state.mean), z2, like=like)
+
+
+def _unjit(function: Any) -> Any:
+    """Return what ``jax.jit`` wraps: a trace in its cache would hide the layers from a look."""
+    jitted: Any = type(jax.jit(len))
+    while isinstance(function, jitted):
+        function = function.__wrapped__
+    return function
+
+
 def _mirror(mean: jax.Array, theta: jax.Array) -> jax.Array:
     return (2 * widen(mean) - widen(theta)).astype(theta.dtype)
 
@@ -397,7 +424,7 @@ def _statistics(params: Any, inputs: Any, stats: Any) -> Any:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)
 
 
 def _is_state(node: Any) -> bool:

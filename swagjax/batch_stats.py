@@ -10,8 +10,8 @@ for every sample and hands the statistics to ``prob_fn(params, inputs, statistic
 here build one. Its arrays travel as arguments of the compiled program, not as constants of it.
 
 The batch moments are read off the running statistics, whatever the momentum: BatchNorm computes
-``new = momentum * old + (1 - momentum) * batch``, affine in ``old``, so a pass from ones minus a
-pass from zeros is the momentum, and a pass from zeros over 1 - momentum the batch moment.
+``new = momentum * old + (1 - momentum) * batch``, affine in ``old``, so two passes from known
+statistics give the momentum, and a pass from zeros over 1 - momentum is the batch moment.
 
 Source: Maddox et al. 2019 (arXiv:1902.02476), algorithm 1; Izmailov et al. 2018
 (arXiv:1803.05407), section 3.2.
@@ -22,13 +22,19 @@ import functools
 import inspect
 import math
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from swagjax.transform import check_integer, widen
+
 Refresh = Callable[[Any], Any]
+
+# Statistics beside which batch moments are small, so that their difference is the momentum.
+_FAR = 2.0**24
 
 _STORED = (
     "prob_fn runs BatchNorm on stored statistics, which belong to other weights than the "
@@ -45,7 +51,7 @@ def linen(
 
     Args:
       model: the linen module.
-      batch_stats: ``variables["batch_stats"]``, for its structure; its values are not used.
+      batch_stats: ``variables["batch_stats"]``, for its structure; floating values are not used.
       inputs: training inputs without augmentation, an array or a tree of arrays (N, ...).
       batch_size: how many of them pass at a time; the moments are those of such batches.
       **apply_kwargs: what puts ``model.apply`` into training mode, such as ``train=True``, and
@@ -55,7 +61,11 @@ def linen(
       A function from params to a ``batch_stats`` collection.
 
     Raises:
-      ValueError: for a batch size below one, or inputs that are empty or differ in length.
+      ValueError: for a batch size below one, inputs that are empty or differ in length; when it is
+        called, for a model that is not in training mode and so leaves the statistics as they are.
+
+    A model with further collections of variables, or with statistics that BatchNorm did not make
+    (spectral norm's are not affine and become NaN), takes ``refresher``.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -161,8 +171,7 @@ def refresher(
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(inputs)}
     if len(sizes) != 1 or not all(sizes) or (0,) in sizes:
         raise ValueError(f"inputs have lengths {sorted(sizes)}: give arrays of one length N > 0")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give at least 1")
+    check_integer("batch_size", batch_size, 1)
     (length,) = sizes.pop()
     size = min(batch_size, length)
     whole = length // size * size
@@ -209,8 +218,8 @@ def refuse_stored() -> Iterator[None]:
 def refuse_closure(prob_fn: Any) -> None:
     """Refuse a function that refers to ``nnx.BatchStat`` variables, stored statistics in nnx.
 
-    A look at the function's closure, globals and bound arguments, and at those of functions of its
-    module that it refers to; not a proof.
+    A look at what the function and those of its module that it calls close over, bind, default to
+    or name, where that is a module, state or variable of nnx; not a proof.
 
     Example:
       >>> from flax import nnx
@@ -228,46 +237,40 @@ def refuse_closure(prob_fn: Any) -> None:
     def is_stat(node: Any) -> bool:
         return isinstance(node, nnx_module.BatchStat)
 
-    if any(map(is_stat, jax.tree.leaves(_referred(prob_fn), is_leaf=is_stat))):
+    kinds = (nnx_module.Module, nnx_module.State, nnx_module.Variable)
+    held = [value for value in _referred(prob_fn) if isinstance(value, kinds)]
+    if any(map(is_stat, jax.tree.leaves(held, is_leaf=is_stat))):
         raise ValueError(_STORED)
 
 
-def unjit(function: Any) -> Any:
-    """Return what ``jax.jit`` wraps: a trace in its cache would hide the layers from a look.
-
-    Example:
-      >>> import jax
-      >>> from swagjax.batch_stats import unjit
-      >>> unjit(jax.jit(len)) is unjit(len) is len
-      True
-    """
-    return inspect.unwrap(function) if isinstance(function, type(jax.jit(len))) else function
-
-
 def _referred(function: Any) -> list[Any]:
-    """What a function refers to: bound arguments, closed-over and global values.
-
-    Functions among them are followed where they are of the same module: the caller's, no library.
-    """
-    seen, found, waiting = set(), [], [function]
+    """What a function refers to, and what the functions of its module among that refer to."""
+    seen: set[int] = set()
+    found: list[Any] = []
+    waiting = [function]
     while waiting:
-        bare = unjit(waiting.pop())
+        bare = inspect.unwrap(waiting.pop())
         if id(bare) in seen:
             continue
         seen.add(id(bare))
-        if isinstance(bare, functools.partial):
-            waiting.append(bare.func)
-            found += [*bare.args, *bare.keywords.values()]
-        elif inspect.isfunction(bare):
-            names = inspect.getclosurevars(bare)
-            values = [*names.nonlocals.values(), *names.globals.values()]
-            found += values
-            waiting += [v for v in values if _module(v) == bare.__module__]
+        values = _named(bare)
+        found += values
+        own = getattr(bare, "__module__", None)
+        waiting += [v for v in values if callable(v) and getattr(v, "__module__", None) == own]
     return found
 
 
-def _module(value: Any) -> str | None:
-    return getattr(unjit(value), "__module__", None) if callable(value) else None
+def _named(function: Any) -> list[Any]:
+    """Values that a function binds, closes over, defaults to or finds by name in its module."""
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if not inspect.isfunction(function):
+        return []
+    empty = types.CellType()  # of a name that is assigned later
+    closed = [cell.cell_contents for cell in function.__closure__ or () if cell != empty]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    names = [n for n in function.__code__.co_names if n in function.__globals__]
+    return [*closed, *defaults, *(function.__globals__[n] for n in names)]
 
 
 def _linen_pass(model: Any, apply_kwargs: Any, params: Any, batch_stats: Any, batch: Any) -> Any:
@@ -294,16 +297,18 @@ def _recompute(train_pass: Any, template: Any, full: Any, rest: Any, params: Any
     zeros = _filled(template, 0.0)
     # The momentum is the same for any batch: a few examples of the first will do.
     probe = jax.tree.map(lambda x: x[0, :8], full)
-    ones = _filled(template, 1.0)
-    passes = (train_pass(params, start, probe) for start in (zeros, ones))
-    share = jax.tree.map(_batch_share, template, *passes)
+    at_zero = train_pass(params, zeros, probe)
+    _check_changed(zeros, at_zero)
+    share = jax.tree.map(
+        _batch_share, template, at_zero, train_pass(params, _filled(template, _FAR), probe)
+    )
 
     def add(total: Any, batch: Any) -> tuple[Any, None]:
         weight = len(_first(batch))
         new = train_pass(params, zeros, batch)
         return jax.tree.map(lambda t, n, s: t + weight * n / s, total, new, share), None
 
-    total = jax.tree.map(lambda z: jnp.zeros(jnp.shape(z), jnp.float32), zeros)
+    total = jax.tree.map(lambda z, s: jnp.zeros(jnp.shape(z), s.dtype), zeros, share)
     total, _ = jax.lax.scan(add, total, full)
     if len(_first(rest)):
         total, _ = add(total, rest)
@@ -311,17 +316,26 @@ def _recompute(train_pass: Any, template: Any, full: Any, rest: Any, params: Any
     return jax.tree.map(lambda s, t: t / count if _is_float(s) else s, template, total)
 
 
-def _batch_share(leaf: Any, at_zero: jax.Array, at_one: jax.Array) -> jax.Array:
+def _check_changed(old: Any, new: Any) -> None:
+    """A pass that hands back the very statistics it was given was none in training mode."""
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    if all(a is b for a, b in pairs):
+        raise ValueError(
+            "the pass over training inputs left all statistics as they were: put the model into "
+            "training mode, for linen with what its __call__ asks for, such as train=True"
+        )
+
+
+def _batch_share(leaf: Any, at_zero: jax.Array, at_far: jax.Array) -> jax.Array:
     """1 - momentum of a leaf: its median over the features, NaN where it differs between them.
 
     Taken per feature it would lose digits at a momentum such as 0.999.
     """
     if not _is_float(leaf):
-        return jnp.ones(())  # kept as it is, whatever a pass makes of it
-    momentum = jnp.asarray(at_one - at_zero, jnp.float32)
+        return jnp.ones((), jnp.float32)  # kept as it is, whatever a pass makes of it
+    momentum = widen(at_far - at_zero) / _FAR
     median = jnp.median(momentum)
-    rounding = 1e-3 * jnp.maximum(1, jnp.abs(at_zero))
-    affine = (jnp.abs(momentum - median) <= rounding).all()
+    affine = (jnp.abs(momentum - median) <= 1e-3).all()
     return jnp.where(affine, 1 - median, jnp.nan)
 
 

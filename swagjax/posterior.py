@@ -34,7 +34,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from swagjax import pooling, prng
 from swagjax.transform import SWAGState, widen
@@ -54,7 +53,7 @@ def mean(state: SWAGState) -> Any:
       >>> swagjax.mean(tx.init(jnp.array([1.0])))
       Traceback (most recent call last):
       ...
-      ValueError: the state has collected no iterate (count=0 after step=0): train past `start`...
+      ValueError: the state has collected no iterate (count=0 after step=0, skipped=0...
     """
     check_collected(state)
     return jax.tree.map(lambda m: _known(state, m), state.mean)
@@ -183,6 +182,7 @@ def from_noise(
     _check(state, scale, centering, min_variance)
     z1 = _restrict(state, z1, "z1")
     _check_noise(state, z2)
+    z2 = None if z2 is None else jnp.asarray(z2)
     return _from_noise(state, z1, z2, like, scale, min_variance, centering=centering)
 
 
@@ -278,8 +278,9 @@ def check_collected(state: SWAGState) -> None:
         )
     if _concrete(state.count) and int(state.count) == 0:  # int: never staged into a trace
         raise ValueError(
-            f"the state has collected no iterate (count={state.count} after step={state.step}): "
-            "train past `start` until `every` or `when` comes round"
+            f"the state has collected no iterate (count={state.count} after step={state.step}, "
+            f"skipped={state.skipped} that were not finite): train past `start` until `every` or "
+            "`when` comes round"
         )
 
 
@@ -292,12 +293,13 @@ def _variance(
     centering: Centering,
 ) -> Any:
     diagonal = _diagonal(state, scale, min_variance)
-    if state.deviations is None:
+    if not _has_ring(state):
         return diagonal
-    mixing = _mixing(state, scale, centering)
 
     def total(v: jax.Array, ring: jax.Array) -> jax.Array:
-        return v + (_contract(mixing.T, widen(ring)) ** 2).sum(0)
+        if centering == "running":  # a reduction, where the product would copy the ring
+            return v + _root(state, scale) ** 2 * (widen(ring) ** 2).sum(0)
+        return v + (_contract(_mixing(state, scale, centering).T, widen(ring)) ** 2).sum(0)
 
     # By leaves: the boxes of a ring (linen.Partitioned, nnx.Param) carry metadata of their own.
     leaves, treedef = jax.tree.flatten(diagonal)
@@ -318,8 +320,8 @@ def _sample(
     key1, key2 = jax.random.split(key)
     wide = jax.tree.map(widen, state.mean)
     z1 = prng.normal_like(key1, wide)
-    no_ring = state.deviations is None
-    z2 = None if no_ring else prng.normal(key2, (_rank(state),), _noise_dtype(state))
+    shape, dtype = (_rank(state),), _noise_dtype(state)
+    z2 = prng.normal(key2, shape, dtype) if _has_ring(state) else None
     return _from_noise(state, z1, z2, like, scale, min_variance, centering=centering)
 
 
@@ -335,7 +337,7 @@ def _from_noise(
     centering: Centering,
 ) -> Any:
     diagonal = _diagonal(state, scale, min_variance)
-    theta = jax.tree.map(lambda m, v, z: widen(m) + jnp.sqrt(v) * z, state.mean, diagonal, z1)
+    theta = jax.tree.map(lambda m, v, z: widen(m) + _sqrt(v) * z, state.mean, diagonal, z1)
     if z2 is not None:
         weights = _contract(_mixing(state, scale, centering), z2)
         theta = jax.tree.map(jnp.add, theta, _combine(state, weights))
@@ -355,15 +357,15 @@ def _log_prob(
     state, params = _pooled(state, params)
     diagonal = _diagonal(state, scale, min_variance)
     residual = jax.tree.map(lambda m, p: p - widen(m), state.mean, params)
-    white = jax.tree.map(_whiten, diagonal, residual)
+    scaled = jax.tree.map(_divide, diagonal, residual)  # V^-1 r
     # Off the mean in a direction of no variance: infinitely far.
     stray = jax.tree.map(lambda v, r: ((v == 0) & (r != 0)).any(), diagonal, residual)
     far = functools.reduce(jnp.logical_or, jax.tree.leaves(stray), jnp.array(False))
-    distance = _sum(jax.tree.map(lambda w: jnp.sum(w * w), white))
+    distance = _sum(jax.tree.map(lambda r, s: jnp.sum(r * s), residual, scaled))
     log_det = _sum(jax.tree.map(lambda v: jnp.log(v).sum(), diagonal))
-    if state.deviations is not None:
-        factor, rows = _capacitance(state, diagonal, scale, centering)
-        inner = _sum(jax.tree.map(_inner, rows, white))
+    if _has_ring(state):
+        factor = _capacitance(state, diagonal, scale, centering)
+        inner = _sum(jax.tree.map(_inner, state.deviations, scaled))
         whitened = jax.scipy.linalg.solve_triangular(
             factor, _contract(_mixing(state, scale, centering).T, inner), lower=True
         )
@@ -384,8 +386,8 @@ def _entropy(
     (state,) = _pooled(state)
     diagonal = _diagonal(state, scale, min_variance)
     log_det = _sum(jax.tree.map(lambda v: jnp.log(v).sum(), diagonal))
-    if state.deviations is not None:
-        factor, _ = _capacitance(state, diagonal, scale, centering)
+    if _has_ring(state):
+        factor = _capacitance(state, diagonal, scale, centering)
         log_det += 2 * jnp.log(jnp.diagonal(factor)).sum()
     return (_size(state) * (1 + math.log(2 * math.pi)) + log_det) / 2
 
@@ -433,10 +435,7 @@ def _mixing(state: SWAGState, scale: chex.Numeric, centering: Centering) -> jax.
     order of collection that depends on the counts alone; M is a multiple of A^T.
     """
     rank, dtype = _rank(state), _noise_dtype(state)
-    held = jnp.minimum(state.count, rank)
-    # One deviation is zero and no spread can be told from it: the low-rank part vanishes.
-    spread = jnp.asarray(scale, dtype) / (2 * jnp.maximum(held - 1, 1).astype(dtype))
-    root = jnp.sqrt(jnp.where(held > 1, spread, 0))
+    root = _root(state, scale)
     identity = jnp.eye(rank, dtype=dtype)
     if centering == "running":
         return root * identity
@@ -447,36 +446,51 @@ def _mixing(state: SWAGState, scale: chex.Numeric, centering: Centering) -> jax.
     return root * (identity - steps).T
 
 
+def _root(state: SWAGState, scale: chex.Numeric) -> jax.Array:
+    """Factor of the deviations, (scale / (2 (K - 1)))^(1/2) with K the number really held."""
+    dtype = _noise_dtype(state)
+    held = jnp.minimum(state.count, _rank(state))
+    # One deviation is zero and no spread can be told from it: the low-rank part vanishes.
+    spread = jnp.asarray(scale, dtype) / (2 * jnp.maximum(held - 1, 1).astype(dtype))
+    return _sqrt(jnp.where(held > 1, spread, 0))
+
+
 def _capacitance(
     state: SWAGState, diagonal: Any, scale: chex.Numeric, centering: Centering
-) -> tuple[jax.Array, Any]:
-    """Cholesky factor of C = I + W^T V^-1 W, and the rows of the ring divided by V^(1/2)."""
-    rows = jax.tree.map(_whiten, diagonal, state.deviations)
-    gram = _sum(jax.tree.map(_inner, rows, rows))
+) -> jax.Array:
+    """Cholesky factor of C = I + W^T V^-1 W."""
+
+    def gram(v: jax.Array, ring: jax.Array) -> jax.Array:
+        # A row at a time: one product of all would copy the ring twice.
+        products: jax.Array = jax.lax.map(lambda row: _inner(ring, _divide(v, widen(row))), ring)
+        return products
+
     mixing = _mixing(state, scale, centering)
-    inner = _contract(_contract(mixing.T, gram), mixing)
-    return jnp.linalg.cholesky(jnp.eye(len(gram), dtype=gram.dtype) + inner), rows
+    rows = _sum(jax.tree.map(gram, diagonal, state.deviations))
+    inner = _contract(_contract(mixing.T, rows), mixing)
+    factor: jax.Array = jnp.linalg.cholesky(jnp.eye(len(rows), dtype=rows.dtype) + inner)
+    return factor
 
 
-def _whiten(v: jax.Array, x: jax.Array) -> jax.Array:
-    """Divide by the standard deviation; in directions of no variance the quotient is zero."""
-    return jnp.where(v > 0, widen(x) * jax.lax.rsqrt(jnp.where(v > 0, v, 1)), v * 0)
+def _divide(v: jax.Array, x: jax.Array) -> jax.Array:
+    """Divide by the variance; in directions of no variance the quotient is zero."""
+    return jnp.where(v == 0, 0, x / jnp.where(v == 0, 1, v))
 
 
-def _inner(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """Inner products over all axes of a leaf: (K, ...) with (...) or (K, ...)."""
-    rows_axes = tuple(range(1, rows.ndim))
-    x_axes = tuple(range(x.ndim - len(rows_axes), x.ndim))
-    # Explicitly sharded leaves ask where the result is to live: everywhere, it is K x K at most.
-    everywhere = NamedSharding(jax.typeof(rows).sharding.mesh, PartitionSpec())
-    product: jax.Array = jnp.tensordot(
-        rows,
-        x,
-        (rows_axes, x_axes),
-        precision=jax.lax.Precision.HIGHEST,
-        out_sharding=everywhere,
-    )
-    return product
+def _inner(ring: jax.Array, x: jax.Array) -> jax.Array:
+    """Inner products of the K rows of a ring with a leaf.
+
+    A sum of products, not a matrix-vector product: over millions of weights that one loses four
+    digits on CPU, and it asks where to live if the leaves are explicitly sharded.
+    """
+    products: jax.Array = (widen(ring) * x).sum(tuple(range(1, ring.ndim)))
+    return products
+
+
+def _sqrt(x: jax.Array) -> jax.Array:
+    """Square root whose derivative at zero is zero: dead weights have no say in gradients."""
+    root: jax.Array = jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
+    return root
 
 
 def _contract(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -492,6 +506,10 @@ def _sum(tree: Any) -> jax.Array:
 def _known(state: SWAGState, x: jax.Array) -> jax.Array:
     """NaN in place of the zeros of a state that has collected nothing."""
     return jnp.where(state.count > 0, x, jnp.asarray(jnp.nan, x.dtype))
+
+
+def _has_ring(state: SWAGState) -> bool:
+    return bool(jax.tree.leaves(state.deviations))
 
 
 def _rank(state: SWAGState) -> int:
@@ -567,7 +585,7 @@ def _check(
 
 
 def _check_noise(state: SWAGState, z2: jax.Array | None) -> None:
-    wanted = None if state.deviations is None else (_rank(state),)
+    wanted = (_rank(state),) if _has_ring(state) else None
     shape = None if z2 is None else jnp.shape(z2)
     if shape != wanted:
         raise ValueError(f"z2 has shape {shape}: the ring of this state asks for {wanted}")

@@ -353,9 +353,24 @@ def test_a_state_of_several_members_is_refused(state):
 
 @pytest.mark.parametrize("predictor", EVERY)
 def test_antithetic_needs_a_state(state, predictor):
-    partial = jax.tree_util.Partial(swagjax.sample, state=state)
-    with pytest.raises(ValueError, match="antithetic=True: only a SWAGState"):
-        predictor(KEY, partial, probabilities, X, num_samples=2, antithetic=True)
+    with pytest.raises(ValueError, match="antithetic=True: give a SWAGState, or"):
+        predictor(KEY, lambda key: state.mean, probabilities, X, num_samples=2, antithetic=True)
+
+
+def test_antithetic_pairs_of_a_partial_keep_its_options(state):
+    like = jax.tree.map(lambda m: m.astype(jnp.bfloat16), state.mean)
+    options = {"state": state, "scale": 0.25, "centering": "final", "like": like}
+    posterior = jax.tree_util.Partial(swagjax.sample, **options)
+    out = swagjax.predict_samples(KEY, posterior, lambda p, x: p, X, num_samples=4, antithetic=True)
+    assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
+    plain = jax.vmap(posterior)(jax.random.split(KEY, 2))
+    for name in state.mean:
+        pairs = np.asarray(out[name], np.float32).reshape(2, 2, -1)
+        np.testing.assert_array_equal(
+            pairs[:, 0], np.asarray(plain[name], np.float32).reshape(2, -1)
+        )
+        mean = np.asarray(state.mean[name]).ravel()
+        np.testing.assert_allclose(pairs.mean(1) - mean, 0, atol=0.02)
 
 
 @pytest.mark.parametrize("predictor", EVERY)
@@ -729,3 +744,41 @@ def test_models_without_batch_statistics_need_no_refresh(state):
 
     got = swagjax.predict(KEYS, state, prob_fn, X)
     np.testing.assert_allclose(got, each(KEYS, state, probabilities, X).mean(0), rtol=1e-5)
+
+
+def test_a_jitted_transformation_of_a_function_is_not_taken_apart(state):
+    def one(params, x):
+        return jax.nn.softmax(x[: len(params["b"])] * params["b"]) / (1 + x.ndim)
+
+    mapped = jax.vmap(one, (None, 0))
+    options = {"num_samples": 2}
+    wanted = swagjax.predict(KEY, state, mapped, X, **options)
+    got = swagjax.predict(KEY, state, jax.jit(jax.jit(mapped)), X, **options)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+def test_another_scale_in_a_partial_compiles_nothing(state):
+    prob_fn, traces = traced_by(probabilities)
+    counts = []
+    for scale in (0.25, 0.5, 1.0):
+        posterior = jax.tree_util.Partial(swagjax.sample, state=state, scale=scale)
+        swagjax.predict(KEY, posterior, prob_fn, X, num_samples=2)
+        counts.append(len(traces))
+    assert counts[0] == counts[1] == counts[2] > 0
+
+
+UNSORTABLE = {1: "a", "b": 2}
+
+
+def test_what_prob_fn_refers_to_may_be_anything(state):
+    def prob_fn(params, x):
+        return later(probabilities(params, x)) * UNSORTABLE["b"] if UNSORTABLE else late
+
+    with pytest.raises(NameError):
+        swagjax.predict(KEY, state, prob_fn, X)  # only because ``later`` is not there yet
+
+    def later(x):
+        return x
+
+    late = None
+    assert swagjax.predict(KEY, state, prob_fn, X).shape == (5, 2)

@@ -371,8 +371,8 @@ def test_keep_gives_the_same_statistics_to_every_sample():
 @pytest.mark.parametrize(
     ("inputs", "batch_size", "message"),
     [
-        (X, 0, "batch_size=0: give at least 1"),
-        (X, -8, "batch_size=-8: give at least 1"),
+        (X, 0, "batch_size=0: give an integer of at least 1"),
+        (X, -8, "batch_size=-8: give an integer of at least 1"),
         (X[:0], 8, "inputs have lengths .*N > 0"),
         ({}, 8, "inputs have lengths .*N > 0"),
         (np.float32(1), 8, "inputs have lengths .*N > 0"),
@@ -386,3 +386,34 @@ def test_bad_arguments(inputs, batch_size, message):
         batch_stats.nnx(NNXNet(), inputs, batch_size=batch_size)
     with pytest.raises(ValueError, match=message):
         batch_stats.refresher(lambda *_: None, jnp.zeros(()), inputs, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.999])
+@pytest.mark.parametrize("std", [1.0, 1e3, 1e5])
+def test_moments_of_any_size_keep_their_digits(momentum, std):
+    """Beside a variance of 1e10 a statistic of one would be lost, and the momentum with it."""
+    x = std * np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    model = nn.BatchNorm(momentum=momentum, use_fast_variance=False, use_running_average=False)
+    variables = model.init(jax.random.key(0), x)
+    refresh = batch_stats.linen(model, variables["batch_stats"], x, batch_size=32)
+    wanted = x.astype(np.float64).reshape(2, 32, 3).var(1).mean(0)
+    np.testing.assert_allclose(refresh(variables["params"])["var"], wanted, rtol=5e-4)
+
+
+def test_a_model_left_in_evaluation_mode_is_refused():
+    model, x = nn.BatchNorm(use_running_average=True), np.ones((4, 2), np.float32)
+    variables = model.init(jax.random.key(0), x)
+    refresh = batch_stats.linen(model, variables["batch_stats"], x)
+    with pytest.raises(ValueError, match=r"training mode, for linen .* train=True"):
+        refresh(variables["params"])
+    with pytest.raises(ValueError, match="training mode"):
+        jax.jit(refresh)(variables["params"])
+
+
+def test_float64_statistics_with_x64():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(10, 2)))
+        model = nn.BatchNorm(use_running_average=False, dtype=jnp.float64, param_dtype=jnp.float64)
+        variables = jax.tree.map(lambda v: v.astype(float), model.init(jax.random.key(0), x))
+        stats = batch_stats.linen(model, variables["batch_stats"], x)(variables["params"])
+        np.testing.assert_allclose(stats["mean"], x.mean(0), rtol=1e-6, atol=1e-8)

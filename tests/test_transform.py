@@ -1143,3 +1143,14 @@ def test_partitioned_linen_parameters_do_not_partition_the_rank_axis():
     assert jax.tree.structure(drawn) == jax.tree.structure(params)
     chex.assert_trees_all_equal_structs(swagjax.variance(state), params)
     assert jnp.isfinite(swagjax.log_prob(state, params))
+
+
+def test_a_start_beyond_the_counter_is_refused():
+    with pytest.raises(ValueError, match=r"start=1099511627776, .*int32"):
+        swagjax.swa(start=2**40)
+
+
+def test_python_floats_are_leaves_as_well():
+    state = swagjax.swag(2).init({"a": 1.0})
+    assert state.deviations["a"].shape == (2,)
+    assert state.mean["a"].dtype == jnp.float32
