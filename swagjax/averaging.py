@@ -239,16 +239,7 @@ def _prepare(
     refresh: Any,
 ) -> tuple[_Run, jax.Array]:
     """Check the arguments, and draw a key for each sample or pair."""
-    for state in jax.tree.leaves(posterior, is_leaf=_is_state):
-        if _is_state(state):
-            check_collected(state)
-    if not (_is_state(posterior) or callable(posterior)):
-        raise ValueError(
-            f"posterior is a {type(posterior).__name__}: give a SWAGState, "
-            "swagjax.get_state(opt_state), or a function from a key to weights"
-        )
-    if antithetic:
-        _centre(posterior)
+    _check_posterior(posterior, antithetic)
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, 1)
     if refresh is None:
@@ -261,6 +252,19 @@ def _prepare(
     if not keys.ndim:
         keys = _split(keys, num_samples, antithetic)
     return _Run(posterior, _unjit(prob_fn), refresh, chunk_size, antithetic), keys
+
+
+def _check_posterior(posterior: Any, antithetic: bool) -> None:
+    for state in jax.tree.leaves(posterior, is_leaf=_is_state):
+        if _is_state(state):
+            check_collected(state)
+    if not (_is_state(posterior) or callable(posterior)):
+        raise ValueError(
+            f"posterior is a {type(posterior).__name__}: give a SWAGState, "
+            "swagjax.get_state(opt_state), or a function from a key to weights"
+        )
+    if antithetic:
+        _state_and_like(posterior)  # raises where there is no mean
 
 
 def _split(key: jax.Array, num_samples: int, antithetic: bool) -> jax.Array:
@@ -370,7 +374,8 @@ def _evaluate(run: _Run, inputs: Any, x: tuple[jax.Array, Any]) -> Any:
     key, stats = x
     draws = [_draw(run.posterior, key)]
     if run.antithetic:
-        draws.append(jax.tree.map(_mirror, _centre(run.posterior), draws[0]))
+        centre = _centre(*_state_and_like(run.posterior))
+        draws.append(jax.tree.map(_mirror, centre, draws[0]))
     kept = [None if stats is None else _at(stats, i) for i in range(len(draws))]
     outputs = [_output(run, inputs, *pair) for pair in zip(draws, kept, strict=True)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
@@ -387,16 +392,20 @@ def _at(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda x: x[index], tree)
 
 
-def _centre(posterior: Any) -> Any:
-    """The mean of a state, or of a Partial of ``sample``, as a sample: with ``like``, if given."""
+def _state_and_like(posterior: Any) -> tuple[SWAGState, Any]:
+    """Read off a posterior what its mean is made of: a state, and ``like`` if given."""
     if _is_state(posterior):
-        posterior = jax.tree_util.Partial(sample, state=posterior)
+        return posterior, None
     if getattr(posterior, "func", None) is not sample or "state" not in posterior.keywords:
         raise ValueError(
             "antithetic=True: give a SWAGState, or jax.tree_util.Partial(swagjax.sample, "
             "state=state, ...), for a mean to mirror samples at"
         )
-    state, like = posterior.keywords["state"], posterior.keywords.get("like")
+    return posterior.keywords["state"], posterior.keywords.get("like")
+
+
+def _centre(state: SWAGState, like: Any) -> Any:
+    """The mean as a sample: what no noise gives."""
     rings = jax.tree.leaves(state.deviations)
     z2 = jnp.zeros(len(rings[0]), jnp.float32) if rings else None
     return from_noise(state, jax.tree.map(jnp.zeros_like, state.mean), z2, like=like)
