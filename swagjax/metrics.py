@@ -30,6 +30,13 @@ class Reliability(NamedTuple):
       accuracy: share of examples whose predicted class is the label, shape ``(num_bins,)``; NaN in
         an empty bin.
       count: number of examples, integers of shape ``(num_bins,)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> bins = metrics.reliability(jnp.array([[0.75, 0.25]]), jnp.array([0]), num_bins=2)
+      >>> print(bins.confidence, bins.accuracy, bins.count)
+      [ nan 0.75] [nan  1.] [0 1]
     """
 
     confidence: jax.Array
