@@ -415,7 +415,7 @@ def _all_finite(tree: Any) -> jax.Array:
     largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)]
     finite = [jnp.isfinite(x) for x in largest]
     # Sorted because a sort is never fused: as a plain reduction the scalars of all leaves would
-    # be combined anew in the loop over every leaf (300 leaves: 140 s to compile instead of 9 s).
+    # be combined anew in the loop over every leaf, and a tree of 300 leaves compile for minutes.
     return jnp.sort(jnp.stack(finite))[0] if finite else jnp.array(True)
 
 

@@ -159,6 +159,29 @@ def test_augmentation_changes_images_only_as_asked():
     assert 0.2 < np.std(augment("noise") - x) < 0.4
 
 
+def test_regression_statistics_are_refreshed_on_images_without_augmentation(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        methods.batch_stats,
+        "linen",
+        lambda model, stats, x, **_: seen.append(x) or (lambda p: stats),
+    )
+    task, chosen = data.load("digits", None, CLASSES), tiny_options(seeds=1, epochs=2)
+    model = models.MODELS["convnet"](len(CLASSES))
+    method = methods.METHODS["SWA"]
+    steps = len(task.train.labels) // chosen.batch_size
+    tx = method.optimizer(chosen, steps)
+    member = training._init(model, tx, task.train.images[:1])(jax.random.key(0))
+    params = member.params
+    for _ in range(2 * steps):
+        opt_state = tx.update(params, member.opt_state, params)[1]
+        member = member._replace(opt_state=opt_state)
+    predict = methods.predictor(model, task.train.images, 2)
+    list(predict(jax.random.key(0), method, member, [task.ood.images[:2]]))
+    (used,) = seen
+    np.testing.assert_array_equal(used, task.train.images)
+
+
 # report
 
 

@@ -220,7 +220,7 @@ def test_auroc_of_infinite_scores():
     assert float(metrics.auroc([0.0], [-0.0])) == 0.5
 
 
-# Mistakes of other implementations (design.md, section 4).
+# Mistakes of other implementations.
 
 
 def test_regression_saturated_confidences_do_not_vanish():

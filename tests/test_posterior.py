@@ -989,3 +989,19 @@ def test_trees_without_leaves(tree):
         == tree
     )
     assert swagjax.log_prob(state, tree) == swagjax.entropy(state) == 0
+
+
+def test_regression_a_sample_stays_on_the_device_of_its_state():
+    """No move to some default device inside sampling, no copy through the host."""
+    device = jax.devices()[3]
+    params, tx = {"w": jax.device_put(jnp.ones(3), device)}, swagjax.swag(rank=2)
+    state = tx.init(params)
+    for step in (0.1, -0.2):
+        _, state = tx.update({"w": jax.device_put(jnp.full(3, step), device)}, state, params)
+    for tree in (state, swagjax.sample(jax.random.key(0), state), swagjax.variance(state)):
+        assert {d for leaf in jax.tree.leaves(tree) for d in leaf.devices()} <= {device} | (
+            {jax.devices()[0]} if tree is state else set()  # counters, made before any parameter
+        )
+    program = str(jax.make_jaxpr(swagjax.sample)(jax.random.key(0), state))
+    assert "device_put" not in program
+    assert "callback" not in program

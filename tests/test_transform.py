@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
@@ -364,7 +365,7 @@ def test_params_none_says_what_to_do(method):
         tx.update(x, tx.init(x), None)
 
 
-# --- Mistakes of other implementations (design.md section 4) ------------------------------------
+# --- Mistakes of other implementations -----------------------------------------------------------
 
 
 @each_method
@@ -1154,3 +1155,24 @@ def test_python_floats_are_leaves_as_well():
     state = swagjax.swag(2).init({"a": 1.0})
     assert state.deviations["a"].shape == (2,)
     assert state.mean["a"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "kind", [swagjax.swa, swagjax.swag_diag, functools.partial(swagjax.swag, 3)]
+)
+def test_regression_a_checkpoint_keeps_every_statistic(kind, tmp_path):
+    """None of them lost, none turned into a scalar, counters and types included."""
+    params, tx = {"w": jnp.arange(6.0).reshape(2, 3)}, optax.chain(optax.sgd(0.1), kind())
+    opt_state = tx.init(params)
+    for _ in range(5):
+        updates, opt_state = tx.update(params, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", opt_state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
+    assert jax.tree.structure(restored) == jax.tree.structure(opt_state)
+    chex.assert_trees_all_equal(restored, opt_state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, opt_state)
+    updates, one = tx.update(params, opt_state, params)
+    chex.assert_trees_all_equal(tx.update(params, restored, params), (updates, one))
