@@ -1,19 +1,33 @@
 """SWAG posteriors over neural-network weights, as an optax gradient transformation."""
 
-from swagjax import batch_stats, metrics, schedules
+from swagjax import batch_stats, diagnostics, metrics, schedules, sharding
 from swagjax.averaging import predict, predict_batches, predict_log, predict_samples
-from swagjax.posterior import entropy, from_noise, log_prob, mean, sample, variance
-from swagjax.transform import SWAGState, get_state, member_axes, swa, swag, swag_diag
+from swagjax.merging import merge
+from swagjax.posterior import (
+    entropy,
+    from_noise,
+    kl,
+    log_prob,
+    log_prob_difference,
+    mean,
+    sample,
+    variance,
+)
+from swagjax.transform import SWAGState, get_state, member_axes, state_bytes, swa, swag, swag_diag
 
 __all__ = [
     "SWAGState",
     "batch_stats",
+    "diagnostics",
     "entropy",
     "from_noise",
     "get_state",
+    "kl",
     "log_prob",
+    "log_prob_difference",
     "mean",
     "member_axes",
+    "merge",
     "metrics",
     "predict",
     "predict_batches",
@@ -21,6 +35,8 @@ __all__ = [
     "predict_samples",
     "sample",
     "schedules",
+    "sharding",
+    "state_bytes",
     "swa",
     "swag",
     "swag_diag",

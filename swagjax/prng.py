@@ -82,7 +82,9 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
     return jax.tree.unflatten(treedef, pooling.unpool(draws, groups, leaves))
 
 
-def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None
+) -> jax.Array:
     """Draw what ``jax.random.normal(key, shape, dtype)`` draws; faster for threefry on CPU.
 
     Example:
@@ -93,11 +95,11 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
       Array(True, dtype=bool)
     """
     if not _unrollable(key, shape, dtype):
-        return jax.random.normal(key, shape, dtype)
+        return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
     draw: jax.Array = jax.lax.platform_dependent(
         key,
-        cpu=lambda key: _unrolled_normal(jax.random.key_data(key), shape),
-        default=lambda key: jax.random.normal(key, shape, dtype),
+        cpu=lambda key: _unrolled_normal(jax.random.key_data(key), shape, out_sharding),
+        default=lambda key: jax.random.normal(key, shape, dtype, out_sharding=out_sharding),
     )
     return draw
 
@@ -105,7 +107,7 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def _draw(key: jax.Array, leaves: list[jax.Array]) -> jax.Array:
     """Draw for one leaf in its shape, or for several in one vector."""
     if len(leaves) == 1:
-        return normal(key, leaves[0].shape, leaves[0].dtype)
+        return normal(key, leaves[0].shape, leaves[0].dtype, _sharding(leaves[0]))
     # In two halves by a loop, which XLA does not fuse: it would copy the generator into the
     # arithmetic of every leaf otherwise, and compile it there.
     size = sum(leaf.size for leaf in leaves)
@@ -124,14 +126,34 @@ def _unrollable(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> bool:
     )
 
 
-def _unrolled_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _unrolled_normal(key: jax.Array, shape: tuple[int, ...], out_sharding: Any) -> jax.Array:
     """Bits to uniform on (-1, 1) to normal, as ``jax.random`` does it."""
-    x0, x1 = _threefry(key, jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape))
+    x0, x1 = _threefry(key, _counter(shape, out_sharding))
     mantissa = (x0 ^ x1) >> 9 | jnp.uint32(0x3F800000)
     unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1
     low = jnp.nextafter(jnp.float32(-1), jnp.float32(0))
     uniform = jnp.maximum(low, unit * (1 - low) + low)
-    return jax.lax.mul(jnp.full(shape, math.sqrt(2), jnp.float32), jax.lax.erf_inv(uniform))
+    return jax.lax.mul(jnp.full_like(uniform, math.sqrt(2)), jax.lax.erf_inv(uniform))
+
+
+def _counter(shape: tuple[int, ...], out_sharding: Any) -> jax.Array:
+    """The position of every element in the flat array.
+
+    From one counter an axis, each partitioned as its axis is: of a flat one, reshaped, every
+    device would hold the whole.
+    """
+    counter, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        steps = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=out_sharding)
+        counter = counter + steps * jnp.uint32(stride)
+        stride *= shape[axis]
+    return counter
+
+
+def _sharding(leaf: jax.Array) -> Any:
+    """The sharding of a leaf where it is part of its type, else None."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding if any(sharding.spec) else None
 
 
 def _threefry(key: jax.Array, counter: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,9 @@ an ``optax.chain``, because every member of a chain sees the parameters from bef
 changes the updates after them would make them collect points that were never visited.
 """
 
+import functools
 import operator
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -192,6 +194,38 @@ def swa(
     return _observer(_cadence(start, every, when), False, None, accumulator_dtype, None)
 
 
+def state_bytes(
+    params: optax.Params, rank: int, *, accumulator_dtype: Any = None, deviation_dtype: Any = None
+) -> int:
+    """Memory of the state of ``swag(rank, ...)``, in bytes: about (rank + 2) times the parameters.
+
+    Nothing is allocated. ``swag(...).init`` refuses, outside ``jit``, a state that is larger than
+    all memory of the devices that hold the parameters, and quotes this number.
+
+    Args:
+      params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
+      rank: as for ``swag``, like the dtypes.
+      accumulator_dtype: dtype of mean and variance.
+      deviation_dtype: dtype of the deviations.
+
+    Returns:
+      The sum over all devices of a sharded state; replicas are counted once.
+
+    Raises:
+      ValueError: as ``swag``.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> swagjax.state_bytes({"w": jnp.zeros(1000)}, rank=20)  # 22 times 4 kB, and 3 counters
+      88012
+      >>> swagjax.state_bytes({"w": jnp.zeros(1000)}, rank=20, deviation_dtype=jnp.bfloat16)
+      48012
+    """
+    tx = swag(rank, accumulator_dtype=accumulator_dtype, deviation_dtype=deviation_dtype)
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def get_state(opt_state: Any) -> SWAGState:
     """Find the one ``SWAGState`` inside any optimizer state, whatever wraps it.
 
@@ -275,7 +309,21 @@ def widen(x: jax.Array) -> jax.Array:
       >>> widen(jnp.zeros(2, jnp.bfloat16)).dtype
       dtype('float32')
     """
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(*dtypes: Any) -> Any:
+    """The dtype that holds all of ``dtypes``, float32 at the least.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax.transform import wide_dtype
+      >>> wide_dtype(jnp.bfloat16, jnp.float16)
+      dtype('float32')
+    """
+    # Widening is meant here, also where the user has forbidden silent promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def check_integer(name: str, value: Any, least: int) -> int:
@@ -311,6 +359,8 @@ def _observer(
         return jnp.zeros_like(p, dtype=_storage_dtype(p, dtype))
 
     def ring(p: Any) -> Any:
+        if not jax.tree.leaves(p):  # a box whose array is masked
+            return p
         if _is_box(p):
             return _rebox(p, ring)
         # Broadcast, not made from a bare shape, which would lose the sharding of p.
@@ -319,6 +369,8 @@ def _observer(
 
     def init_fn(params: optax.Params) -> SWAGState:
         _check_leaves(params)
+        if rank:
+            _check_memory(params, rank, accumulator_dtype, deviation_dtype)
         return SWAGState(
             step=jnp.zeros((), jnp.int32),
             count=jnp.zeros((), jnp.int32),
@@ -375,30 +427,66 @@ def _collect(state: SWAGState, iterate: optax.Params) -> SWAGState:
         growth = n.astype(e.dtype) / jnp.maximum(n - 1, 1).astype(e.dtype)
         return approach(v, e * e * growth - widen(v))
 
-    def push(ring: jax.Array, e: jax.Array) -> jax.Array:
-        return _write_row(ring, jax.lax.rem(row, jnp.int32(ring.shape[0])), e, finite)
+    def push(ring: jax.Array, x: jax.Array, m: jax.Array) -> Any:
+        return _write_row(ring, jax.lax.rem(row, jnp.int32(ring.shape[0])), x, m, finite)
 
     mean = jax.tree.map(lambda m, x: approach(m, difference(x, m)), state.mean, theta)
     deviation = jax.tree.map(difference, theta, mean)
     return SWAGState(
         step=state.step,
-        count=state.count + finite,
-        skipped=state.skipped + ~finite,
+        count=state.count + finite.astype(jnp.int32),
+        skipped=state.skipped + (~finite).astype(jnp.int32),
         mean=mean,
         variance=_map_kept(spread, state.variance, deviation),
-        deviations=_map_kept(push, state.deviations, deviation),
+        deviations=_map_kept(push, state.deviations, theta, mean),
     )
 
 
-def _write_row(ring: jax.Array, row: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:
-    """Write a row of the ring in place, or write it back as it was."""
-    start = (row, *(jnp.zeros_like(row) for _ in new.shape))
-    old = jax.lax.dynamic_slice(ring, start, (1, *new.shape), allow_negative_indices=False)
-    new = jnp.where(valid, new.astype(ring.dtype)[None], old)
-    return jax.lax.dynamic_update_slice(ring, new, start, allow_negative_indices=False)
+@jax.custom_batching.custom_vmap
+def _write_row(
+    ring: jax.Array, row: jax.Array, theta: jax.Array, mean: jax.Array, valid: jax.Array
+) -> jax.Array:
+    """Write theta - mean to a row of the ring in place, or write the row back as it was."""
+    written: jax.Array = _write(ring, (row,), theta, mean, valid)
+    return written
 
 
-def _map_kept(function: Callable[..., jax.Array], kept: Any, other: Any) -> Any:
+@_write_row.def_vmap
+def _write_rows(size: int, batched: Any, *args: jax.Array) -> tuple[jax.Array, bool]:
+    """Write a row of every member's ring; the rows differ where a member has skipped an iterate.
+
+    Left to ``vmap`` that is a scatter, for which XLA:CPU holds the deviations of all members in
+    memory at once; it takes one member after another instead, in place.
+    """
+    mapped = [
+        x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+        for x, is_mapped in zip(args, batched, strict=True)
+    ]
+    scatter = jax.vmap(lambda ring, row, *rest: _write(ring, (row,), *rest))
+    rings: jax.Array = jax.lax.platform_dependent(*mapped, cpu=_one_by_one, default=scatter)
+    return rings, True
+
+
+def _one_by_one(rings: jax.Array, rows: jax.Array, *rest: jax.Array) -> jax.Array:
+    def body(i: jax.Array, rings: jax.Array) -> Any:
+        row, *others = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (rows, *rest))
+        return _write(rings, (i.astype(row.dtype), row), *others)
+
+    written: jax.Array = jax.lax.fori_loop(0, len(rows), body, rings)
+    return written
+
+
+def _write(array: Any, at: tuple[Any, ...], theta: Any, mean: Any, valid: Any) -> Any:
+    """Write to ``array[at]``, and read no more of it: so that it happens in place, in one loop."""
+    start = (*at, *(jnp.zeros_like(at[-1]) for _ in theta.shape))
+    shape = (*(1 for _ in at), *theta.shape)
+    old = jax.lax.dynamic_slice(array, start, shape, allow_negative_indices=False)
+    new = (widen(theta) - widen(mean)).astype(array.dtype).reshape(shape)
+    new = jnp.where(valid, new, old)
+    return jax.lax.dynamic_update_slice(array, new, start, allow_negative_indices=False)
+
+
+def _map_kept(function: Callable[..., jax.Array], kept: Any, *others: Any) -> Any:
     """Map over a field of the state, or leave it out where the method keeps none.
 
     By leaves: the boxes of a ring carry other metadata than those of the parameters.
@@ -406,8 +494,8 @@ def _map_kept(function: Callable[..., jax.Array], kept: Any, other: Any) -> Any:
     if kept is None:
         return None
     leaves, treedef = jax.tree.flatten(kept)
-    pairs = zip(leaves, jax.tree.leaves(other), strict=True)
-    return jax.tree.unflatten(treedef, [function(*pair) for pair in pairs])
+    rows = zip(leaves, *map(jax.tree.leaves, others), strict=True)
+    return jax.tree.unflatten(treedef, [function(*row) for row in rows])
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -453,7 +541,7 @@ def _check_dtype(name: str, dtype: Any) -> None:
 
 
 def _storage_dtype(p: Any, dtype: Any) -> Any:
-    wide = jnp.promote_types(jnp.result_type(p), jnp.float32)
+    wide = wide_dtype(jnp.result_type(p))
     dtype = jnp.dtype(wide if dtype is None else dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
@@ -471,6 +559,40 @@ def _check_leaves(params: optax.Params) -> None:
                 f"params{jax.tree_util.keystr(path)} has dtype {dtype}: SWAG averages real "
                 "floating point weights; leave other leaves out with optax.masked"
             )
+
+
+def _check_memory(
+    params: optax.Params, rank: int, accumulator_dtype: Any, deviation_dtype: Any
+) -> None:
+    """Refuse a state that no memory of the devices of ``params`` can hold.
+
+    Of this process alone, and of arrays alone: a trace has no devices.
+    """
+    leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    leaves = [x for x in leaves if not isinstance(x, jax.core.Tracer)]
+    shards = [shard for x in leaves for shard in x.addressable_shards]
+    limit = _memory({shard.device for shard in shards})
+
+    needed = 0
+    for shard in shards:
+        kept = _storage_dtype(shard.data, accumulator_dtype).itemsize
+        held = _storage_dtype(shard.data, deviation_dtype or accumulator_dtype).itemsize
+        needed += shard.data.size * (2 * kept + rank * held)
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"rank={rank}: the state takes {needed:.3g} bytes, and the devices of the parameters "
+            f"have {limit:.3g} in all; lower rank, give deviation_dtype=jnp.bfloat16, or shard the "
+            "parameters (swagjax.state_bytes(params, rank) is the size of a state)"
+        )
+
+
+def _memory(devices: set[jax.Device]) -> int | None:
+    """All memory of the devices in bytes, where they tell; CPUs share that of the machine."""
+    if all(device.platform == "cpu" for device in devices):
+        known = devices and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return sum(limits) if all(limits) else None
 
 
 def _is_state(node: Any) -> bool:

@@ -614,7 +614,7 @@ def nnx_run():
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     tx = optax.chain(optax.sgd(0.3), swagjax.swag(3))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    x = jnp.array([[1.0, -2.0], [0.5, 3.0]])
+    x = jnp.array([[1.0, -2.0], [0.5, 3.0]], jnp.float32)
     for _ in range(4):
         optimizer.update(model, nnx.grad(lambda m: ((m(x) - 1) ** 2).mean())(model))
     return model, swagjax.get_state(optimizer)
@@ -946,7 +946,7 @@ def test_a_tree_of_300_leaves_compiles_to_a_small_program():
 def test_log_prob_of_a_million_weights_keeps_its_digits():
     """A matrix-vector product over the weights would lose four of them on CPU."""
     tree = {"w": np.zeros((1000, 1000), np.float32)}
-    draw = jax.jit(lambda key: {"w": 1 + 0.01 * jax.random.normal(key, (1000, 1000))})
+    draw = jax.jit(lambda key: {"w": 1 + 0.01 * jax.random.normal(key, (1000, 1000), jnp.float32)})
     tx, state = swagjax.swag(rank=6), swagjax.swag(rank=6).init(tree)
     for key in jax.random.split(jax.random.key(0), 9):
         theta = draw(key)

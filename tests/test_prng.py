@@ -33,32 +33,32 @@ def test_the_numbers_of_jax(shape):
 def test_the_numbers_of_jax_at_many_keys(seed):
     keys = jax.random.split(jax.random.key(seed), 20)
     ours = jax.jit(jax.vmap(lambda k: prng.normal(k, (33,), jnp.float32)))(keys)
-    same(ours, jax.vmap(lambda k: jax.random.normal(k, (33,)))(keys))
+    same(ours, jax.vmap(lambda k: jax.random.normal(k, (33,), jnp.float32))(keys))
 
 
 @pytest.mark.parametrize("data", [(0, 0), (0, 1), (1, 0), (2**32 - 1, 2**32 - 1)])
 def test_the_numbers_of_jax_at_extreme_keys(data):
     # The sums of the key words overflow 32 bits here.
     key = jax.random.wrap_key_data(jnp.array(data, jnp.uint32))
-    same(prng.normal(key, (1000,), jnp.float32), jax.random.normal(key, (1000,)))
+    same(prng.normal(key, (1000,), jnp.float32), jax.random.normal(key, (1000,), jnp.float32))
 
 
 def test_the_numbers_of_jax_in_a_large_odd_vector_under_jit():
     size = 1_000_003
     ours = jax.jit(lambda k: prng.normal(k, (size,), jnp.float32))(KEY)
-    same(ours, jax.random.normal(KEY, (size,)))
+    same(ours, jax.random.normal(KEY, (size,), jnp.float32))
 
 
 def test_the_numbers_of_jax_for_typed_and_raw_keys():
     raw = jax.random.PRNGKey(5)
     typed = prng.typed_keys(raw)
-    same(prng.normal(typed, (9,), jnp.float32), jax.random.normal(raw, (9,)))
+    same(prng.normal(typed, (9,), jnp.float32), jax.random.normal(raw, (9,), jnp.float32))
     assert prng.typed_keys(typed) == typed
 
 
 def test_the_numbers_of_jax_in_a_loop_and_under_nested_maps():
     keys = jax.random.split(KEY, 6)
-    expected = jax.vmap(lambda k: jax.random.normal(k, (4, 3)))(keys)
+    expected = jax.vmap(lambda k: jax.random.normal(k, (4, 3), jnp.float32))(keys)
 
     def draw(k):
         return prng.normal(k, (4, 3), jnp.float32)
@@ -72,7 +72,7 @@ def test_the_numbers_of_jax_in_a_loop_and_under_nested_maps():
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_other_generators_are_left_to_jax(impl):
     key = jax.random.key(3, impl=impl)
-    same(prng.normal(key, (50,), jnp.float32), jax.random.normal(key, (50,)))
+    same(prng.normal(key, (50,), jnp.float32), jax.random.normal(key, (50,), jnp.float32))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -90,9 +90,9 @@ def test_float64_is_left_to_jax():
 
 
 def test_without_the_partitionable_scheme_the_numbers_are_still_those_of_jax():
-    partitionable = jax.random.normal(KEY, (101,))
+    partitionable = jax.random.normal(KEY, (101,), jnp.float32)
     with jax.threefry_partitionable(False):
-        old = jax.random.normal(KEY, (101,))
+        old = jax.random.normal(KEY, (101,), jnp.float32)
         same(prng.normal(KEY, (101,), jnp.float32), old)
     assert not np.array_equal(old, partitionable)  # so the flag was seen
 
@@ -107,7 +107,7 @@ def test_other_platforms_get_the_generator_of_jax():
     assert calls_jax("tpu")
     assert not calls_jax("cpu")
     both = jax.export.export(draw, platforms=("cpu", "tpu"))(KEY)
-    same(both.call(KEY), jax.random.normal(KEY, (1 << 16,)))
+    same(both.call(KEY), jax.random.normal(KEY, (1 << 16,), jnp.float32))
 
 
 # --- normal_like --------------------------------------------------------------------------------
@@ -267,4 +267,4 @@ def test_one_key_refuses_several(make):
 def test_keys_are_checked_under_jit_and_vmap():
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
     draw = jax.jit(jax.vmap(lambda k: prng.normal(prng.one_key(k), (2,), jnp.float32)))
-    same(draw(keys), jax.vmap(lambda k: jax.random.normal(k, (2,)))(keys))
+    same(draw(keys), jax.vmap(lambda k: jax.random.normal(k, (2,), jnp.float32))(keys))

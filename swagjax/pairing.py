@@ -1,0 +1,86 @@
+"""Private: a tree with holes, where leaves are masked or frozen, beside a full one of parameters.
+
+Leaves are paired by structure, never by order of traversal.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from swagjax.transform import widen
+
+
+def restrict(held: Any, full: Any, name: str) -> Any:
+    """The leaves of ``full`` that ``held`` has, in the precision of the arithmetic.
+
+    Args:
+      held: a tree of arrays and holes (``None`` or ``optax.MaskedNode``).
+      full: a tree of the same structure, with anything in place of the holes.
+      name: what ``full`` is called in errors.
+
+    Returns:
+      A tree like ``held``.
+
+    Raises:
+      ValueError: where structure or shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax.pairing import restrict
+      >>> print(restrict({"a": jnp.zeros(1), "b": None}, {"a": jnp.ones(1), "b": 3}, "params"))
+      {'a': Array([1.], dtype=float32), 'b': None}
+    """
+
+    def cast(m: jax.Array, leaf: jax.Array, _: Any) -> jax.Array:
+        return leaf.astype(widen(m).dtype)
+
+    return _pair(held, full, name, lambda hole, _: hole, cast)
+
+
+def fill(theta: Any, like: Any) -> Any:
+    """Give ``theta`` the dtypes and containers of ``like``, and its leaves where it has holes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax.pairing import fill
+      >>> fill({"a": jnp.ones(1), "b": None}, {"a": jnp.zeros(1, jnp.bfloat16), "b": 3})
+      {'a': Array([1], dtype=bfloat16), 'b': 3}
+    """
+    return _pair(
+        theta,
+        like,
+        "like",
+        lambda _, leaves: leaves,
+        lambda t, leaf, treedef: jax.tree.unflatten(treedef, [t.astype(leaf.dtype)]),
+    )
+
+
+def _pair(held: Any, full: Any, name: str, at_hole: Any, at_leaf: Any) -> Any:
+    """Walk both trees; a leaf of ``held`` may stand against a container of one array.
+
+    Such a container is an ``nnx.Param``.
+    """
+
+    def visit(path: Any, h: Any, f: Any) -> Any:
+        if _is_hole(h):
+            return at_hole(h, f)
+        leaves, treedef = jax.tree.flatten(f)
+        shapes = [jnp.shape(leaf) for leaf in leaves]
+        if shapes != [h.shape]:
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{where} has shape {shapes}: the state holds {[h.shape]} there")
+        return at_leaf(h, jnp.asarray(leaves[0]), treedef)
+
+    try:
+        jax.tree.map(lambda *_: None, held, full, is_leaf=_is_hole)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} has another structure than the parameters that were collected: {error}"
+        ) from error
+    return jax.tree.map_with_path(visit, held, full, is_leaf=_is_hole)
+
+
+def _is_hole(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
