@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import swagjax
 from benchmarks.data import Part
 from benchmarks.options import Training, UsageError
+from swagjax import checkpoint
 
 INIT, TRAIN, PREDICT = range(3)  # what a seed is used for
 NOISE = 0.3  # standard deviation of the noise of augmentation; images have standard deviation 1
@@ -44,19 +45,19 @@ Runner = Callable[[int, list[Member]], tuple[list[Member], float]]  # an epoch: 
 def train(
     model: nn.Module, part: Part, optimizer: Optimizer, options: Training, folder: Path
 ) -> list[Member]:
-    """Train one network a seed, from the last checkpoint in ``folder`` if there is one."""
+    """Train one network a seed, from the last good checkpoint in ``folder`` if there is one."""
     steps = len(part.labels) // options.batch_size
     tx = optimizer(options, steps)
     init = _init(model, tx, part.images[:1])
     members = [init(key(seed, INIT)) for seed in range(options.seeds)]
     run_epoch = _runner(model, tx, part, options, steps)
+    first, members = _restore(folder, members)
     with _checkpoints(folder) as manager, _progress(options) as show:
-        first, members = _restore(manager, members)
         for epoch in range(first, options.epochs):
             members, loss = run_epoch(epoch, members)
             show(f"{optimizer.__name__.replace('_', ' ')}, loss {loss:.3f}", epoch + 1)
             if (epoch + 1) % options.checkpoint_every == 0 or epoch + 1 == options.epochs:
-                manager.save(epoch + 1, args=ocp.args.StandardSave(members))
+                checkpoint.save(manager, epoch + 1, members)
     return members
 
 
@@ -84,14 +85,17 @@ def usual_augmentation(images: np.ndarray) -> tuple[str, ...]:
 
 
 def open_checkpoints(folder: Path, options: Training) -> None:
-    """Empty the folder of all checkpoints of an experiment; or, to resume, check its options."""
+    """Empty the folder of all checkpoints of an experiment; or, to resume, check its options.
+
+    Checkpoints without a record of the options are of a process killed while it emptied the folder.
+    """
     record, wanted = folder / "options.json", json.dumps(identity(options), indent=1)
-    if not options.resume:
+    if options.resume and record.exists():
+        _check_same(record, json.loads(wanted))
+    else:
         shutil.rmtree(folder, ignore_errors=True)
-    elif record.exists():
-        _check_same(json.loads(record.read_text()), json.loads(wanted))
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(wanted)
+        folder.mkdir(parents=True)
+        _write_at_once(record, wanted)
 
 
 def identity(options: Training) -> dict[str, Any]:
@@ -248,12 +252,23 @@ def _flip(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _checkpoints(folder: Path) -> ocp.CheckpointManager:
-    # Not in the background: buffers that are being written must not be donated to the next step.
-    keep = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    # Two, so that there is one to go back to where the last is damaged.
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder.absolute(), options=keep)
 
 
-def _check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _write_at_once(path: Path, text: str) -> None:
+    """Whole or not at all, whenever the process is killed."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    unfinished.rename(path)
+
+
+def _check_same(record: Path, wanted: dict[str, Any]) -> None:
+    try:
+        found = json.loads(record.read_text())
+    except ValueError:
+        raise UsageError(f"--resume: {record} is damaged; start anew without --resume") from None
     for name in wanted:
         if found.get(name) != wanted[name]:
             raise UsageError(
@@ -262,13 +277,12 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
             )
 
 
-def _restore(manager: ocp.CheckpointManager, members: list[Member]) -> tuple[int, list[Member]]:
+def _restore(folder: Path, members: list[Member]) -> tuple[int, list[Member]]:
     """The epochs already done and the members after them."""
-    epoch = manager.latest_step()
-    if epoch is None:
-        return 0, members
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, members)  # keeps NamedTuples
-    return epoch, manager.restore(epoch, args=ocp.args.StandardRestore(target))
+    try:
+        return checkpoint.restore_latest(folder, members) or (0, members)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"--resume: {error}; or start anew without --resume") from error
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -319,7 +321,9 @@ def test_the_json_names_no_folder_of_this_machine(finished):
     assert str(finished.parents[2]) not in (finished / "results.json").read_text()
 
 
-def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path, monkeypatch, capsys):
+def test_interrupted_and_its_last_checkpoint_damaged_a_run_resumes_to_the_same_numbers(
+    finished, tmp_path, monkeypatch, capsys
+):
     args = ["classify", *TINY, "--results", str(tmp_path), "--checkpoint-every", "1"]
     one_by_one, done = training._one_by_one, []
 
@@ -338,8 +342,13 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path, monk
         patch.setattr(training, "_one_by_one", interrupted)
         assert command_line.main(args) == 130
     assert "--resume" in capsys.readouterr().err
-    assert command_line.main([*args, "--resume"]) == 0
     resumed = tmp_path / "classify" / "digits" / "results.json"
+    checkpoints = resumed.parent / "checkpoints" / "averaged_sgd"
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "2"}
+    truncated = checkpoints / "2" / "default" / "manifest.ocdbt"
+    truncated.write_bytes(truncated.read_bytes()[:50])
+    with pytest.warns(RuntimeWarning, match=r"2 is damaged .* has 50 of .* step 1 is restored"):
+        assert command_line.main([*args, "--resume"]) == 0
     assert resumed.read_text() == (finished / "results.json").read_text()
 
 
@@ -347,6 +356,56 @@ def test_resuming_with_other_options_is_refused(finished, capsys):
     args = ["classify", *TINY, "--results", str(finished.parents[1]), "--resume"]
     assert command_line.main([*args, "--learning-rate", "0.02"]) == 2
     assert "learning_rate = 0.05, not 0.02" in capsys.readouterr().err
+
+
+def test_where_every_checkpoint_is_damaged_one_line_says_so(tmp_path):
+    (tmp_path / "3").mkdir()
+    with pytest.raises(options.UsageError, match=r"--resume: .* damaged.*start anew without"):
+        training._restore(tmp_path, [])
+
+
+@pytest.mark.parametrize("left", ["", "{", '{"epochs": 3'])
+def test_a_damaged_record_of_the_options_is_refused(left, tmp_path):
+    (tmp_path / "options.json").write_text(left)
+    with pytest.raises(options.UsageError, match=r"options\.json is damaged"):
+        training.open_checkpoints(tmp_path, tiny_options(resume=True))
+
+
+def test_checkpoints_without_a_record_of_their_options_are_not_resumed(tmp_path):
+    (tmp_path / "averaged_sgd" / "3").mkdir(parents=True)
+    training.open_checkpoints(tmp_path, tiny_options(resume=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["options.json"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
+    rng = np.random.default_rng(4)
+
+    def start(name, *more):
+        args = ["classify", *TINY, "--checkpoint-every", "1", "--results", str(tmp_path / name)]
+        return subprocess.Popen([sys.executable, "-m", "benchmarks", *args, *more], cwd=ROOT)
+
+    def kill_after(checkpoint, *more):
+        with start("killed", *more) as run:
+            folder = tmp_path / "killed" / "classify" / "digits" / "checkpoints"
+            while not (folder / checkpoint).exists():
+                assert run.poll() is None
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.5))
+            run.kill()
+        assert run.returncode == -signal.SIGKILL
+
+    kill_after("decayed_sgd/2.orbax-checkpoint-tmp")
+    kill_after("decayed_sgd/3", "--resume")
+    kill_after("averaged_sgd/2", "--resume")
+    for name in ("killed", "uninterrupted"):
+        with start(name, "--resume") as run:
+            assert run.wait() == 0
+    killed, uninterrupted = (
+        tmp_path / name / "classify" / "digits" / "results.json"
+        for name in ("killed", "uninterrupted")
+    )
+    assert killed.read_text() == uninterrupted.read_text()
 
 
 def test_an_unfinished_run_is_not_completed_with_checkpoints_of_an_older_one(tmp_path):
