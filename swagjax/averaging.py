@@ -26,6 +26,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from swagjax import prng
 from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
@@ -239,9 +240,12 @@ def _prepare(
     refresh: Any,
 ) -> tuple[_Run, jax.Array]:
     """Check the arguments, and draw a key for each sample or pair."""
+    if not isinstance(antithetic, bool | np.bool_):
+        raise ValueError(f"antithetic={antithetic!r}: give True or False")
     _check_posterior(posterior, antithetic)
+    _check_functions(prob_fn, refresh)
     if chunk_size is not None:
-        check_integer("chunk_size", chunk_size, 1)
+        chunk_size = check_integer("chunk_size", chunk_size, 1)
     if refresh is None:
         refuse_closure(prob_fn)
     keys = prng.typed_keys(key)
@@ -251,7 +255,7 @@ def _prepare(
         chunk_size = len(keys) if keys.ndim else _default_chunk(posterior, keys)
     if not keys.ndim:
         keys = _split(keys, num_samples, antithetic)
-    return _Run(posterior, _unjit(prob_fn), refresh, chunk_size, antithetic), keys
+    return _Run(posterior, _unjit(prob_fn), refresh, chunk_size, bool(antithetic)), keys
 
 
 def _check_posterior(posterior: Any, antithetic: bool) -> None:
@@ -263,8 +267,45 @@ def _check_posterior(posterior: Any, antithetic: bool) -> None:
             f"posterior is a {type(posterior).__name__}: give a SWAGState, "
             "swagjax.get_state(opt_state), or a function from a key to weights"
         )
+    if _is_state(posterior):
+        _check_whole(posterior)
     if antithetic:
         _state_and_like(posterior)  # raises where there is no mean
+
+
+def _check_whole(state: SWAGState) -> None:
+    """Refuse a state with masked leaves: a model cannot run on its samples."""
+    paths = jax.tree.leaves_with_path(state.mean, is_leaf=_is_masked)
+    masked = [jax.tree_util.keystr(path) for path, leaf in paths if _is_masked(leaf)]
+    if masked:
+        raise ValueError(
+            f"posterior holds no values at {masked[0]}, which was masked where it collected: give "
+            "jax.tree_util.Partial(swagjax.sample, state=state, like=params)"
+        )
+
+
+def _check_functions(prob_fn: Any, refresh: Any) -> None:
+    if not callable(prob_fn):
+        raise ValueError(
+            f"prob_fn is a {type(prob_fn).__name__}: give a function (params, inputs) -> "
+            "probabilities; the order is key, posterior, prob_fn, inputs"
+        )
+    if refresh is not None and not callable(refresh):
+        raise ValueError(
+            f"refresh is a {type(refresh).__name__}: give a function params -> statistics, such as "
+            "batch_stats.keep(statistics)"
+        )
+
+
+def _check_inputs(inputs: Any) -> None:
+    """Refuse what streams; a list or a tuple of arrays is a tree."""
+    leaves = jax.tree.leaves(inputs)
+    is_leaf = len(leaves) == 1 and leaves[0] is inputs
+    if is_leaf and isinstance(inputs, Iterable) and not hasattr(inputs, "shape"):
+        raise ValueError(
+            f"inputs is a {type(inputs).__name__}: give an array or a tree of arrays, or stream "
+            "over batches by predict_batches"
+        )
 
 
 def _split(key: jax.Array, num_samples: int, antithetic: bool) -> jax.Array:
@@ -283,6 +324,7 @@ def _default_chunk(posterior: Any, key: jax.Array) -> int:
 
 
 def _run(run: _Run, keys: jax.Array, stats: Any, inputs: Any, reduction: _Reduction | None) -> Any:
+    _check_inputs(inputs)
     leaves, treedef = jax.tree.flatten(run)
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
     # With its type: 1, 1.0 and True are equal, and would share a program.
@@ -383,9 +425,13 @@ def _evaluate(run: _Run, inputs: Any, x: tuple[jax.Array, Any]) -> Any:
 
 def _output(run: _Run, inputs: Any, theta: Any, stats: Any) -> Any:
     if run.refresh is not None:
-        return run.prob_fn(theta, inputs, run.refresh(theta) if stats is None else stats)
-    with refuse_stored():
-        return run.prob_fn(theta, inputs)
+        outputs = run.prob_fn(theta, inputs, run.refresh(theta) if stats is None else stats)
+    else:
+        with refuse_stored():
+            outputs = run.prob_fn(theta, inputs)
+    if outputs is None:
+        raise ValueError("prob_fn returned None: return an array or a tree of arrays")
+    return outputs
 
 
 def _at(tree: Any, index: int) -> Any:
@@ -434,6 +480,10 @@ def _statistics(params: Any, inputs: Any, stats: Any) -> Any:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _is_state(node: Any) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from swagjax.pairing import restrict
-from swagjax.transform import SWAGState, get_state, widen
+from swagjax.transform import SWAGState, check_single, get_state, widen
 
 
 def check_iterate(opt_state: Any, params: optax.Params) -> None:
@@ -41,16 +41,24 @@ def check_iterate(opt_state: Any, params: optax.Params) -> None:
       in the optax.chain, ...
     """
     state = get_state(opt_state)
+    if isinstance(state.count, jax.core.Tracer):
+        raise ValueError(f"opt_state is traced, {state.count}: call check_iterate outside jit")
+    check_single(state)
     deviation = jax.tree.leaves(_newest_deviation(state))
     paths = jax.tree.leaves_with_path(restrict(state.mean, params, "params"))
     means = jax.tree.leaves(state.mean)
     for (path, leaf), m, d in zip(paths, means, deviation, strict=True):
+        where = f"params{jax.tree_util.keystr(path)}"
+        if not jnp.isfinite(leaf).all():
+            raise ValueError(
+                f"{where} is not finite: such an iterate is never collected, see state.skipped"
+            )
         error = jnp.abs(widen(m) + widen(d) - leaf)
         if not (error <= _rounding(m, d)).all():  # so that NaN is an error too
             raise ValueError(
-                f"the iterate collected last differs from params{jax.tree_util.keystr(path)} by up "
-                f"to {error.max():.2g}: put swag last in the optax.chain, and call check_iterate "
-                "right after a step that collected"
+                f"the iterate collected last differs from {where} by up to {error.max():.2g}: put "
+                "swag last in the optax.chain, and call check_iterate right after a step that "
+                "collected"
             )
 
 
@@ -67,7 +75,12 @@ def _newest_deviation(state: SWAGState) -> Any:
 
 
 def _rounding(mean: jax.Array, deviation: jax.Array) -> jax.Array:
-    """A bound on what is lost between an iterate and the mean plus its deviation."""
+    """A bound on what is lost between an iterate and the mean plus its deviation.
+
+    Of the largest weight of a leaf: where the update is applied by another program than the one
+    that collects, the two round it apart, and a weight may be much smaller than its update.
+    """
     m, d = jnp.abs(widen(mean)), jnp.abs(widen(deviation))
-    eps = float(jnp.finfo(mean.dtype).eps)
-    return 4 * eps * (m + d) + float(jnp.finfo(deviation.dtype).eps) * d
+    eps, ring = float(jnp.finfo(mean.dtype).eps), jnp.finfo(deviation.dtype)
+    stored = float(ring.eps) * d + float(ring.smallest_subnormal)
+    return 4 * eps * jnp.max(m + d, initial=0) + stored

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from swagjax.gaussian import collected, combine, contract, recentring
-from swagjax.transform import SWAGState, wide_dtype, widen
+from swagjax.transform import SWAGState, check_single, wide_dtype, widen
 
 
 def merge(first: SWAGState, second: SWAGState) -> SWAGState:
@@ -128,6 +128,7 @@ def _check_alike(first: Any, second: Any) -> None:
                 f"{name} is a {type(state).__name__}: give the SWAGState, "
                 "swagjax.get_state(opt_state)"
             )
+        check_single(state)
     for field in ("mean", "variance", "deviations"):
         shapes = [_shapes(getattr(state, field)) for state in (first, second)]
         if shapes[0] != shapes[1]:

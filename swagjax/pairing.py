@@ -36,7 +36,8 @@ def restrict(held: Any, full: Any, name: str) -> Any:
     def cast(m: jax.Array, leaf: jax.Array, _: Any) -> jax.Array:
         return leaf.astype(widen(m).dtype)
 
-    return _pair(held, full, name, lambda hole, _: hole, cast)
+    kinds = (jnp.floating, jnp.integer)
+    return _pair(held, full, name, kinds, lambda hole, _: hole, cast)
 
 
 def fill(theta: Any, like: Any) -> Any:
@@ -52,12 +53,13 @@ def fill(theta: Any, like: Any) -> Any:
         theta,
         like,
         "like",
+        (jnp.floating,),  # cast to integers, a sample would be rounded
         lambda _, leaves: leaves,
         lambda t, leaf, treedef: jax.tree.unflatten(treedef, [t.astype(leaf.dtype)]),
     )
 
 
-def _pair(held: Any, full: Any, name: str, at_hole: Any, at_leaf: Any) -> Any:
+def _pair(held: Any, full: Any, name: str, kinds: Any, at_hole: Any, at_leaf: Any) -> Any:
     """Walk both trees; a leaf of ``held`` may stand against a container of one array.
 
     Such a container is an ``nnx.Param``.
@@ -66,12 +68,15 @@ def _pair(held: Any, full: Any, name: str, at_hole: Any, at_leaf: Any) -> Any:
     def visit(path: Any, h: Any, f: Any) -> Any:
         if _is_hole(h):
             return at_hole(h, f)
+        where = f"{name}{jax.tree_util.keystr(path)}"
         leaves, treedef = jax.tree.flatten(f)
         shapes = [jnp.shape(leaf) for leaf in leaves]
         if shapes != [h.shape]:
-            where = f"{name}{jax.tree_util.keystr(path)}"
             raise ValueError(f"{where} has shape {shapes}: the state holds {[h.shape]} there")
-        return at_leaf(h, jnp.asarray(leaves[0]), treedef)
+        leaf = jnp.asarray(leaves[0])
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds):
+            raise ValueError(f"{where} has dtype {leaf.dtype}: the state holds {h.dtype} there")
+        return at_leaf(h, leaf, treedef)
 
     try:
         jax.tree.map(lambda *_: None, held, full, is_leaf=_is_hole)

@@ -28,6 +28,7 @@ Source: Maddox et al. 2019 (arXiv:1902.02476), section 3.2 and equation 1.
 
 import functools
 import math
+import numbers
 from typing import Any
 
 import chex
@@ -55,7 +56,7 @@ from swagjax.gaussian import (
     total,
 )
 from swagjax.pairing import fill, restrict
-from swagjax.transform import SWAGState, widen
+from swagjax.transform import SWAGState, check_single, widen
 
 
 def mean(state: SWAGState) -> Any:
@@ -396,10 +397,7 @@ def check_collected(state: SWAGState) -> None:
         raise ValueError(
             f"state is a {type(state).__name__}: give the SWAGState, swagjax.get_state(opt_state)"
         )
-    if jnp.ndim(state.count):
-        raise ValueError(
-            f"the state holds several members, count={state.count}: map over them with jax.vmap"
-        )
+    check_single(state)
     if _concrete(state.count) and int(state.count) == 0:  # int: never staged into a trace
         raise ValueError(
             f"the state has collected no iterate (count={state.count} after step={state.step}, "
@@ -627,8 +625,16 @@ def _check(
     if centering not in ("running", "final"):
         raise ValueError(f"centering={centering!r}: give 'running' or 'final'")
     for name, value in (("scale", scale), ("min_variance", min_variance)):
-        if jnp.shape(value) != () or (_concrete(value) and not 0 <= float(value) < math.inf):
+        if not _is_factor(value):
             raise ValueError(f"{name}={value!r}: give a finite number of at least zero")
+
+
+def _is_factor(value: Any) -> bool:
+    """Whether a value is a finite number of at least zero, as far as a trace can tell."""
+    is_number = hasattr(value, "shape") or isinstance(value, numbers.Real)
+    if not is_number or jnp.shape(value) != ():
+        return False
+    return not _concrete(value) or 0 <= float(value) < math.inf
 
 
 def _check_noise(state: SWAGState, z2: jax.Array | None) -> None:

@@ -33,9 +33,9 @@ def typed_keys(key: Any) -> jax.Array:
       ValueError: key=0: give a PRNG key, such as jax.random.key(0)
     """
     dtype = getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jnp.asarray(key)
-    try:
+    try:  # a dtype that is none as well: of an nnx.Rngs every attribute is a stream of keys
+        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return jnp.asarray(key)
         typed: jax.Array = jax.random.wrap_key_data(key)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"key={key!r}: give a PRNG key, such as jax.random.key(0)") from error

@@ -7,6 +7,7 @@ changes the updates after them would make them collect points that were never vi
 """
 
 import functools
+import numbers
 import operator
 import os
 from collections.abc import Callable
@@ -248,7 +249,7 @@ def get_state(opt_state: Any) -> SWAGState:
       >>> swagjax.get_state(optax.adam(1e-3).init(jnp.zeros(3)))
       Traceback (most recent call last):
       ...
-      ValueError: opt_state holds no SWAGState: put swagjax.swag(...) last in the optax.chain
+      ValueError: opt_state holds no SWAGState: put swagjax.swag(...) last in the optax.chain...
     """
     # An nnx.Optimizer is a pytree only in some modes of flax; its opt_state always is.
     opt_state = getattr(opt_state, "opt_state", opt_state)
@@ -256,7 +257,8 @@ def get_state(opt_state: Any) -> SWAGState:
     found = [node for node in nodes if _is_state(node)]
     if not found:
         raise ValueError(
-            "opt_state holds no SWAGState: put swagjax.swag(...) last in the optax.chain"
+            "opt_state holds no SWAGState: put swagjax.swag(...) last in the optax.chain; what is "
+            "restored from a checkpoint asks for the target jax.eval_shape(tx.init, params)"
         )
     if len(found) > 1:
         raise ValueError(
@@ -345,6 +347,28 @@ def check_integer(name: str, value: Any, least: int) -> int:
     return number
 
 
+def check_single(state: SWAGState) -> None:
+    """Raise ``ValueError`` for a state of shapes alone, and for one of several members.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> from swagjax.transform import check_single
+      >>> check_single(jax.vmap(swagjax.swa().init)(jnp.zeros((4, 3))))
+      Traceback (most recent call last):
+      ...
+      ValueError: the state holds several members, count=[0 0 0 0]: map over them with jax.vmap
+    """
+    if isinstance(state.count, jax.ShapeDtypeStruct):
+        raise ValueError(
+            "the state holds shapes, no numbers: it is what jax.eval_shape gave, the target of a "
+            "checkpoint; tx.init(params) gives arrays"
+        )
+    if jnp.ndim(state.count):
+        raise ValueError(
+            f"the state holds several members, count={state.count}: map over them with jax.vmap"
+        )
+
+
 def _observer(
     due: Callable[[jax.Array], jax.Array],
     second_moment: bool,
@@ -388,6 +412,9 @@ def _observer(
                 "params=None: swag collects the parameters after the step; "
                 "call tx.update(updates, state, params)"
             )
+        _check_state(state, second_moment, rank)
+        _check_alike("updates", updates, "params", params, "give the gradients of these params")
+        _check_alike("params", params, "the state", state.mean, "start anew with tx.init(params)")
         state = state._replace(step=optax.safe_increment(state.step))
         # Outside the branch, where XLA shares it with the caller's own apply_updates.
         iterate = optax.apply_updates(params, updates)
@@ -525,19 +552,33 @@ def _cadence(
         raise ValueError(f"when={when!r}: give a function of the step to a boolean scalar")
 
     def due(t: jax.Array) -> jax.Array:
-        verdict = jnp.asarray(when(t))
-        if verdict.shape != () or verdict.dtype != jnp.bool_:
-            raise ValueError(
-                f"when(t) returned {verdict.dtype}{list(verdict.shape)}: return a boolean scalar"
-            )
+        returned = when(t)
+        verdict = None if returned is None else jnp.asarray(returned)
+        if verdict is None or verdict.shape != () or verdict.dtype != jnp.bool_:
+            shown = None if verdict is None else f"{verdict.dtype}{list(verdict.shape)}"
+            raise ValueError(f"when(t) returned {shown}: return a boolean scalar")
         return verdict
 
     return due
 
 
 def _check_dtype(name: str, dtype: Any) -> None:
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name}={dtype!r}: give a floating point dtype, such as jnp.float32")
+    if dtype is None:
+        return
+    try:
+        held = _is_held(dtype)
+    except TypeError:  # a name that is none of a dtype
+        held = False
+    if not held:
+        raise ValueError(
+            f"{name}={dtype!r}: give a floating point dtype, such as jnp.float32, of at least 16 "
+            "bits"
+        )
+
+
+def _is_held(dtype: Any) -> bool:
+    """Whether moments can be held in a dtype: in 8 bits, deviations of 1e-3 are zero."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
 
 
 def _storage_dtype(p: Any, dtype: Any) -> Any:
@@ -553,12 +594,61 @@ def _storage_dtype(p: Any, dtype: Any) -> Any:
 
 def _check_leaves(params: optax.Params) -> None:
     for path, leaf in jax.tree.leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        is_array = hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
+        if not is_array or not _is_held(jnp.result_type(leaf)):
+            found = f"has dtype {jnp.result_type(leaf)}" if is_array else f"is a {_type(leaf)}"
             raise ValueError(
-                f"params{jax.tree_util.keystr(path)} has dtype {dtype}: SWAG averages real "
+                f"params{jax.tree_util.keystr(path)} {found}: SWAG averages real "
                 "floating point weights; leave other leaves out with optax.masked"
             )
+
+
+def _check_state(state: Any, second_moment: bool, rank: int | None) -> None:
+    """Refuse a state that another transformation made: it would be kept as it is, unseen."""
+    if not isinstance(state, SWAGState):
+        raise ValueError(
+            f"state is a {_type(state)}: give what tx.init(params) or the last tx.update returned, "
+            "or a checkpoint restored with the target jax.eval_shape(tx.init, params)"
+        )
+    check_single(state)
+    rings = jax.tree.leaves(state.deviations)
+    held = None if state.deviations is None else len(rings[0]) if rings else rank
+    found, own = _kind(state.variance is not None, held), _kind(second_moment, rank)
+    if found != own:
+        raise ValueError(
+            f"the state is of {found}, and this is {own}: go on with the transformation it came "
+            "from, or start anew with init(params)"
+        )
+
+
+def _kind(second_moment: bool, rank: int | None) -> str:
+    if rank is not None:
+        return f"swag(rank={rank})"
+    return "swag_diag" if second_moment else "swa"
+
+
+def _check_alike(name: str, tree: Any, other_name: str, other: Any, way_out: str) -> None:
+    """Refuse trees that differ in structure or shape: a broadcast would change the weights."""
+
+    def check(path: Any, y: Any, x: Any) -> None:
+        shapes, wanted = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)], [jnp.shape(y)]
+        if shapes != wanted:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} has shape {shapes}: {other_name} holds "
+                f"{wanted} there; {way_out}"
+            )
+
+    try:
+        jax.tree.map(lambda *_: None, other, tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} has another structure than {other_name}: {error}; {way_out}"
+        ) from error
+    jax.tree.map_with_path(check, other, tree)
+
+
+def _type(x: Any) -> str:
+    return type(x).__name__
 
 
 def _check_memory(
@@ -566,24 +656,31 @@ def _check_memory(
 ) -> None:
     """Refuse a state that no memory of the devices of ``params`` can hold.
 
-    Of this process alone, and of arrays alone: a trace has no devices.
+    Of this process alone, and of numbers alone: a trace has no devices.
     """
-    leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
-    leaves = [x for x in leaves if not isinstance(x, jax.core.Tracer)]
-    shards = [shard for x in leaves for shard in x.addressable_shards]
-    limit = _memory({shard.device for shard in shards})
+    pieces = [piece for x in jax.tree.leaves(params) for piece in _pieces(x)]
+    limit = _memory({device for _, device in pieces})
 
     needed = 0
-    for shard in shards:
-        kept = _storage_dtype(shard.data, accumulator_dtype).itemsize
-        held = _storage_dtype(shard.data, deviation_dtype or accumulator_dtype).itemsize
-        needed += shard.data.size * (2 * kept + rank * held)
+    for x, _ in pieces:
+        kept = _storage_dtype(x, accumulator_dtype).itemsize
+        held = _storage_dtype(x, deviation_dtype or accumulator_dtype).itemsize
+        needed += jnp.size(x) * (2 * kept + rank * held)
     if limit is not None and needed > limit:
         raise ValueError(
             f"rank={rank}: the state takes {needed:.3g} bytes, and the devices of the parameters "
             f"have {limit:.3g} in all; lower rank, give deviation_dtype=jnp.bfloat16, or shard the "
             "parameters (swagjax.state_bytes(params, rank) is the size of a state)"
         )
+
+
+def _pieces(x: Any) -> list[tuple[Any, jax.Device]]:
+    """The parts of a leaf and the devices of their state; none of what has no numbers yet."""
+    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return []
+    if isinstance(x, jax.Array):
+        return [(shard.data, shard.device) for shard in x.addressable_shards]
+    return [(x, jax.local_devices()[0])]  # of NumPy and Python: init moves it
 
 
 def _memory(devices: set[jax.Device]) -> int | None:
