@@ -299,9 +299,9 @@ def _check_functions(prob_fn: Any, refresh: Any) -> None:
 
 def _check_inputs(inputs: Any) -> None:
     """Refuse what streams; a list or a tuple of arrays is a tree."""
-    leaves = jax.tree.leaves(inputs)
-    is_leaf = len(leaves) == 1 and leaves[0] is inputs
-    if is_leaf and isinstance(inputs, Iterable) and not hasattr(inputs, "shape"):
+    may_stream = isinstance(inputs, Iterable) and not hasattr(inputs, "shape")
+    # An iterator first: JAX warns of one among its trees.
+    if may_stream and (isinstance(inputs, Iterator) or _is_leaf(inputs)):
         raise ValueError(
             f"inputs is a {type(inputs).__name__}: give an array or a tree of arrays, or stream "
             "over batches by predict_batches"
@@ -480,6 +480,11 @@ def _statistics(params: Any, inputs: Any, stats: Any) -> Any:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)
+
+
+def _is_leaf(node: Any) -> bool:
+    leaves = jax.tree.leaves(node)
+    return len(leaves) == 1 and leaves[0] is node
 
 
 def _is_masked(node: Any) -> bool:
