@@ -99,6 +99,12 @@ def swag(
     counted in ``skipped``; a finite one 1e19 off the mean is collected, and makes the variance of
     float32 infinite or NaN. The state takes ``rank + 2`` times the memory of the parameters.
 
+    In float32 the variance of 139 iterates is right to 1e-3 for weights that move by 1e-4 of their
+    size, to 1e-2 for 1e-5. The mean of n iterates stalls once it changes by less than half a unit
+    in its last place, at n of about 10^7 times spread over size: no harm to iterates that have
+    settled (10^5 of them, spread 1e-4: variance within 1 %), but those that drift on are followed
+    no more. Collect less often then, or in float64.
+
     Place it last in the chain. Under gradient accumulation put the accumulator before it,
     ``chain(MultiSteps(opt, k).gradient_transformation(), swag(start=k * s, every=k * n))``: t then
     counts micro-steps. ``MultiSteps`` around the chain is right as well, with t counting the full
@@ -113,7 +119,8 @@ def swag(
       accumulator_dtype: dtype of mean and variance; by default that of the parameter, float32 at
         the least.
       deviation_dtype: dtype of the deviations; by default that of the accumulators. bfloat16
-        halves the memory; on CPU, XLA then widens the whole ring at each collection and draw.
+        halves the memory, and rounds each deviation by up to 0.4 %; on CPU, XLA then widens the
+        whole ring at each collection and draw.
 
     Returns:
       A gradient transformation whose state is a :class:`SWAGState`.

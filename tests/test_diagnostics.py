@@ -77,7 +77,8 @@ def test_bfloat16_passes_in_a_jitted_step_that_fuses_what_it_can(stored):
 
 def test_in_float64_it_passes_and_a_relative_change_of_a_trillionth_is_found(x64):
     tx = last(optax.sgd(1e-3))
-    params, opt_state = train(tx, {"w": jnp.linspace(1.0, 2.0, 9)}, WRAPPED, check_iterate)
+    params = {"w": jnp.linspace(1.0, 2.0, 9)}
+    params, opt_state = train(tx, params, WRAPPED, check_iterate, jit=True)
     assert params["w"].dtype == jnp.float64
     with pytest.raises(ValueError, match=NOT_LAST):
         check_iterate(opt_state, {"w": params["w"] * (1 + 1e-12)})
