@@ -245,6 +245,7 @@ def refuse_closure(prob_fn: Any) -> None:
 
 def _referred(function: Any) -> list[Any]:
     """What a function refers to, and what the functions of its module among that refer to."""
+    home = _home(function)
     seen: set[int] = set()
     found: list[Any] = []
     waiting = [function]
@@ -255,9 +256,17 @@ def _referred(function: Any) -> list[Any]:
         seen.add(id(bare))
         values = _named(bare)
         found += values
-        own = getattr(bare, "__module__", None)
-        waiting += [v for v in values if callable(v) and getattr(v, "__module__", None) == own]
+        waiting += [v for v in values if callable(v) and _home(v) == home]
     return found
+
+
+def _home(function: Any) -> str | None:
+    """Name of the module of a function, or of the one inside a partial, which has no own."""
+    bare = inspect.unwrap(function)
+    if isinstance(bare, functools.partial):
+        return _home(bare.func)
+    module: str | None = getattr(bare, "__module__", None)  # methods of builtin types have none
+    return module
 
 
 def _named(function: Any) -> list[Any]:
@@ -318,8 +327,8 @@ def _recompute(train_pass: Any, template: Any, full: Any, rest: Any, params: Any
 
 def _check_changed(old: Any, new: Any) -> None:
     """A pass that hands back the very statistics it was given was none in training mode."""
-    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-    if all(a is b for a, b in pairs):
+    same = jax.tree.map(lambda a, b: a is b, old, new)
+    if all(jax.tree.leaves(same)):
         raise ValueError(
             "the pass over training inputs left all statistics as they were: put the model into "
             "training mode, for linen with what its __call__ asks for, such as train=True"
@@ -332,7 +341,7 @@ def _batch_share(leaf: Any, at_zero: jax.Array, at_far: jax.Array) -> jax.Array:
     Taken per feature it would lose digits at a momentum such as 0.999.
     """
     if not _is_float(leaf):
-        return jnp.ones((), jnp.float32)  # kept as it is, whatever a pass makes of it
+        return jnp.ones(())  # kept as it is, whatever a pass makes of it
     momentum = widen(at_far - at_zero) / _FAR
     median = jnp.median(momentum)
     affine = (jnp.abs(momentum - median) <= 1e-3).all()

@@ -5,8 +5,9 @@ Every function takes arrays and returns a JAX scalar or array, is pure, and work
 is averaged over examples is a mean, never a sum. Half precision is widened to float32 first.
 
 Outside ``jit`` values are checked: labels that are no class and probabilities that are negative or
-do not sum to one are a ``ValueError``. Inside ``jit`` values cannot be looked at: a label that is
-no class, or a NaN among the probabilities, makes the metric NaN.
+do not sum to one are a ``ValueError``. Inside ``jit``, ``vmap`` or ``grad`` nothing can be raised:
+a label that is no class, and a probability that is NaN, negative or above one, as most logits are,
+make the metric NaN. Sums are not looked at there, which would cost time.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 # Sixteen-bit softmaxes and averages of them sum to one within about a percent; logits do not.
-_SUM_TOLERANCE = 0.02
+_TOLERANCE = 0.02
 
 
 class Reliability(NamedTuple):
@@ -71,10 +72,9 @@ def nll(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     section 5; the logarithmic score of Good (1952), "Rational Decisions".
     """
     probs, labels = _read(probs, labels)
-    sound = _is_sound(probs, labels)
-    index = jnp.where(sound, labels, 0).astype(jnp.int32)
-    likelihood = jnp.take_along_axis(probs, index[..., None], axis=-1)[..., 0]
-    return -jnp.mean(jnp.where(sound, jnp.log(likelihood), jnp.nan))
+    index = labels.astype(jnp.int32)[..., None]
+    likelihood = jnp.take_along_axis(probs, index, axis=-1)[..., 0]
+    return -jnp.mean(jnp.where(_is_sound(probs, labels), jnp.log(likelihood), jnp.nan))
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -310,7 +310,8 @@ def auroc(scores_in: ArrayLike, scores_out: ArrayLike) -> jax.Array:
 
 
 def _entropy(probs: jax.Array) -> jax.Array:
-    return jnp.sum(jax.scipy.special.entr(probs), axis=-1)
+    terms = jax.scipy.special.entr(probs)
+    return jnp.sum(jnp.where(_in_range(probs), terms, jnp.nan), axis=-1)
 
 
 @jax.jit
@@ -322,9 +323,14 @@ def _confidence_and_hit(probs: jax.Array, labels: jax.Array) -> tuple[jax.Array,
 
 @jax.jit
 def _is_sound(probs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Where the label is one of the classes and no probability is NaN."""
+    """Where the label is one of the classes and every number may be a probability."""
     is_class = (labels >= 0) & (labels < probs.shape[-1])
-    return is_class & ~jnp.any(jnp.isnan(probs), axis=-1)
+    return is_class & jnp.all(_in_range(probs), axis=-1)
+
+
+def _in_range(probs: jax.Array) -> jax.Array:
+    """Where a number may be a probability; a NaN may not."""
+    return (probs >= 0) & (probs <= 1 + _TOLERANCE)
 
 
 def _bin_sums(
@@ -368,13 +374,14 @@ def _any_nan(x: jax.Array) -> jax.Array:
 
 def _read(probs: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both arguments checked, the probabilities in float32 or better."""
-    probs, labels = _read_probs("probs", probs), jnp.asarray(labels)
+    probs, labels = jnp.asarray(probs), jnp.asarray(labels)
     if labels.shape != probs.shape[:-1]:
         raise ValueError(
             f"labels has shape {labels.shape} and probs {probs.shape}, but labels must have the "
-            f"shape of probs less its last axis, {probs.shape[:-1]}: pass one class number per "
-            "example (one-hot labels become numbers by argmax)."
+            f"shape of probs less its last axis, {probs.shape[:-1]}: pass probs first, and one "
+            "class number per example (one-hot labels become numbers by argmax)."
         )
+    probs = _read_probs("probs", probs)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels has dtype {labels.dtype}, but class numbers are integers: use "
@@ -426,7 +433,7 @@ def _check_probs(name: str, probs: jax.Array) -> None:
             f"{name} holds the negative value {least:g}: probabilities are wanted. Logits become "
             "probabilities by jax.nn.softmax, log-probabilities by jnp.exp."
         )
-    if not abs(worst - 1) <= _SUM_TOLERANCE:  # so written, NaN is caught
+    if not abs(worst - 1) <= _TOLERANCE:  # so written, NaN is caught
         raise ValueError(
             f"{name} sums to {worst:g} over its last axis for some example, not to 1. Logits "
             "become probabilities by jax.nn.softmax; two classes need two columns; nan comes from "
@@ -451,8 +458,11 @@ def _check_labels(labels: jax.Array, num_classes: int) -> None:
 
 
 def _check_binning(num_bins: int, binning: str) -> None:
-    if not isinstance(num_bins, Integral) or num_bins < 1:
-        raise ValueError(f"num_bins is {num_bins!r}, but must be an integer of 1 or more: try 20.")
+    if not isinstance(num_bins, Integral) or isinstance(num_bins, bool) or num_bins < 1:
+        raise ValueError(
+            f"num_bins is {num_bins!r}, but must be an integer of 1 or more, static under jit: "
+            "try 20."
+        )
     if binning not in ("width", "count"):
         raise ValueError(
             f"binning is {binning!r}, but must be 'width' (bins of equal width) or 'count' (bins "

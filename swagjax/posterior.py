@@ -540,7 +540,7 @@ def _kl(
     shift = _subtract(p.mean, q.mean)
     ratios = [divide(v, u) for v, u in zip(p.variance, q.variance, strict=True)]
     terms = [
-        total([_excess(r, v) for r, v in zip(ratios, q.variance, strict=True)]),
+        total([_excess(v, u) for v, u in zip(p.variance, q.variance, strict=True)]),
         product(q, factor, shift, shift),
         _trace_of_low_rank(p, q, factor) - _trace_of_projection(q, factor, ratios),
         log_det_capacitance(factor) - log_det_capacitance(capacitance(p)),
@@ -551,10 +551,11 @@ def _kl(
     return jnp.where(apart, jnp.inf, divergence)
 
 
-def _excess(ratio: jax.Array, v: jax.Array) -> jax.Array:
-    """Of x, x - 1 - log x, without cancellation near 1; nothing where both variances are zero."""
-    excess = ratio - 1
-    return jnp.where(v == 0, 0, excess - jnp.log1p(excess))
+def _excess(v: jax.Array, u: jax.Array) -> jax.Array:
+    """Of x = v / u, x - 1 - log x without cancellation near 1; nothing where u is zero."""
+    excess = divide(v, u) - 1
+    far = jnp.log(v) - jnp.log(jnp.where(u == 0, 1, u))
+    return jnp.where(u == 0, 0, excess - jnp.where(jnp.abs(excess) < 0.5, jnp.log1p(excess), far))
 
 
 def _trace_of_low_rank(p: Gaussian, q: Gaussian, factor: jax.Array) -> jax.Array:

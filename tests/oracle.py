@@ -20,6 +20,14 @@ def deviations(iterates, rank, centering="running"):
     return np.array([iterates[i] - iterates[: stop(i)].mean(0) for i in held])
 
 
+def ring(iterates, rank):
+    """The deviations as a ring buffer holds them: the i-th in row (i - 1) % rank, (rank, P)."""
+    rows, n = np.zeros((rank, iterates.shape[1])), len(iterates)
+    for i, deviation in zip(range(max(0, n - rank), n), deviations(iterates, rank), strict=True):
+        rows[i % rank] = deviation
+    return rows
+
+
 def covariance(kind, iterates, rank=None, *, scale=1.0, centering="running", min_variance=0.0):
     """The dense covariance of ``"swag"``, ``"swag_diag"`` or ``"swa"``."""
     variances = np.zeros(iterates.shape[1]) if kind == "swa" else iterates.var(0)
@@ -29,3 +37,14 @@ def covariance(kind, iterates, rank=None, *, scale=1.0, centering="running", min
     D = deviations(iterates, rank, centering)
     scatter = D.T @ D / (len(D) - 1) if len(D) > 1 else 0.0
     return scale / 2 * (diagonal + scatter)
+
+
+def kl(mean, covariance, other_mean, other_covariance):
+    """KL(N(mean, covariance) || N(other_mean, other_covariance)) in nats, by dense algebra."""
+    if not len(mean):
+        return 0.0
+    shift = np.asarray(other_mean) - mean
+    trace = np.trace(np.linalg.solve(other_covariance, covariance))
+    distance = shift @ np.linalg.solve(other_covariance, shift)
+    logs = [np.linalg.slogdet(c)[1] for c in (other_covariance, covariance)]
+    return (trace + distance - len(shift) + logs[0] - logs[1]) / 2

@@ -1,3 +1,6 @@
+import functools
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -254,8 +257,25 @@ def test_nnx_takes_arrays_in_place_of_params():
 
 
 def test_nnx_model_without_statistics_needs_no_refresh():
-    with pytest.raises(ValueError, match=r"no nnx.BatchStat.*needs no refresh"):
+    with pytest.raises(ValueError, match=r"^model has no nnx.BatchStat.*needs no refresh$"):
         batch_stats.nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), X)
+
+
+def test_nnx_variables_of_other_kinds_take_part_as_they_are():
+    class Doubled(nnx.Module):
+        def __init__(self):
+            self.factor = nnx.Variable(jnp.float32(2))
+            self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.dropout(self.norm(self.factor[...] * x))
+
+    x = np.random.default_rng(0).normal(1, 1, (9, 3)).astype(np.float32)
+    model = Doubled()
+    stats = batch_stats.nnx(model, x, batch_size=4)(nnx.state(model, nnx.Param))
+    np.testing.assert_allclose(stats["norm"]["mean"], 2 * x.mean(0), rtol=1e-3)
+    assert model.factor[...] == 2
 
 
 # --- Transformations -------------------------------------------------------------------------
@@ -348,10 +368,10 @@ def test_a_leaf_that_is_not_affine_becomes_nan_and_the_others_stay(update):
 
 @pytest.mark.parametrize("value", [np.int32(7), np.array([True, False])])
 def test_leaves_that_are_no_floats_are_kept(value):
-    """A count of batches, a flag: as they were given, though the model goes on counting."""
+    """A count of batches, a flag: as they were given, though the model reads and changes them."""
 
     def train_pass(params, stats, batch):
-        mean = 0.9 * stats["mean"] + 0.1 * batch.mean()
+        mean = 0.9 * stats["mean"] + 0.1 * batch.mean() * (stats["other"] == value).all()
         return {"mean": mean, "other": (stats["other"] + 1).astype(value.dtype)}
 
     template = {"mean": jnp.zeros(()), "other": jnp.asarray(value)}
@@ -359,6 +379,17 @@ def test_leaves_that_are_no_floats_are_kept(value):
     np.testing.assert_allclose(stats["mean"], 4.5, rtol=1e-4)
     np.testing.assert_array_equal(stats["other"], value)
     assert stats["other"].dtype == template["other"].dtype
+
+
+def test_batches_hold_256_inputs_by_default():
+    x = np.zeros((300, 2), np.float32)
+    model = nn.BatchNorm(use_running_average=False)
+    for refresh in (
+        batch_stats.linen(model, model.init(KEY, x)["batch_stats"], x),
+        batch_stats.nnx(nnx.BatchNorm(2, rngs=nnx.Rngs(0)), x),
+        batch_stats.refresher(lambda *_: None, None, x),
+    ):
+        assert {(1, 256, 2), (44, 2)} <= {np.shape(leaf) for leaf in jax.tree.leaves(refresh)}
 
 
 def test_keep_gives_the_same_statistics_to_every_sample():
@@ -410,6 +441,18 @@ def test_a_model_left_in_evaluation_mode_is_refused():
         jax.jit(refresh)(variables["params"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_keep_their_precision(dtype):
+    def train_pass(params, mean, batch):
+        return (0.9 * mean + 0.1 * batch.mean()).astype(dtype)
+
+    with jax.enable_x64(True):
+        x = jnp.arange(10, dtype=dtype)
+        mean = batch_stats.refresher(train_pass, jnp.zeros((), dtype), x, batch_size=4)(None)
+    assert mean.dtype == dtype
+    np.testing.assert_allclose(mean, 4.5, rtol=1e-5)
+
+
 def test_float64_statistics_with_x64():
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(10, 2)))
@@ -417,3 +460,197 @@ def test_float64_statistics_with_x64():
         variables = jax.tree.map(lambda v: v.astype(float), model.init(jax.random.key(0), x))
         stats = batch_stats.linen(model, variables["batch_stats"], x)(variables["params"])
         np.testing.assert_allclose(stats["mean"], x.mean(0), rtol=1e-6, atol=1e-8)
+
+
+# --- Stored statistics -----------------------------------------------------------------------
+
+
+STORED = nnx.state(nnx.BatchNorm(2, rngs=nnx.Rngs(0)), nnx.BatchStat)
+
+
+def by_name(params, x):
+    return x - STORED["mean"][...]
+
+
+def by_call(params, x):
+    return by_name(params, x)
+
+
+def by_call_of_a_call(params, x):
+    return by_call(params, x)
+
+
+def in_turn(params, x):
+    return by_turns(params, x)
+
+
+def by_turns(params, x):
+    return by_name(params, x) + in_turn(params, x)
+
+
+def by_default(params, x, stats=STORED):
+    return x - stats["mean"][...]
+
+
+def by_keyword(params, x, *, stats=STORED):
+    return x - stats["mean"][...]
+
+
+def by_argument(first, second, third=None):
+    return first
+
+
+def at_temperature(temperature, params, x):
+    return by_name(params, x) / temperature
+
+
+tempered = functools.partial(at_temperature, 2.0)
+
+
+def by_tempered(params, x):
+    return tempered(params, x)
+
+
+def harmless(params, x):
+    return jnp.sin(x)
+
+
+def by_one_of_several(params, x):
+    return harmless(params, by_name(params, harmless(params, x)))
+
+
+def over(stats, join=str.join):
+    def closure(params, x):
+        return harmless(params, x) - stats, join
+
+    return closure
+
+
+REFERRING = {
+    "name": by_name,
+    "call": by_call,
+    "call of a call": by_call_of_a_call,
+    "recursion": in_turn,
+    "one of several": by_one_of_several,
+    "default": by_default,
+    "keyword": by_keyword,
+    "closure over a state": over(STORED),
+    "closure over a variable": over(STORED["mean"]),
+    "closure over a model": over(nnx.BatchNorm(2, rngs=nnx.Rngs(0))),
+    "closure of a closure": over(over(STORED)),
+    "partial": functools.partial(by_argument, STORED),
+    "partial keyword": functools.partial(by_argument, third=STORED),
+    "partial of a function": tempered,
+    "jax partial of a function": jax.tree_util.Partial(at_temperature, 2.0),
+    "partial of a partial": functools.partial(functools.partial(at_temperature), 2.0),
+    "call of a partial": by_tempered,
+    "partial of a jitted function": functools.partial(jax.jit(at_temperature), 2.0),
+    "jit": jax.jit(by_name),
+    "vmap": jax.vmap(jax.jit(by_call)),
+}
+
+
+@pytest.mark.parametrize("way", REFERRING)
+def test_stored_statistics_of_nnx_are_found(way):
+    with pytest.raises(ValueError, match=r"stored statistics.*batch_stats\.linen.*\.nnx.*keep"):
+        batch_stats.refuse_closure(REFERRING[way])
+
+
+def elsewhere(params, x):
+    return by_name(params, x)
+
+
+elsewhere.__module__ = "another"
+
+
+def not_there_yet():
+    def function(params, x):
+        return later(params), harmless, undefined_name  # noqa: F821
+
+    yield function
+    later = STORED
+    yield later
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        harmless,
+        over(nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))),
+        over({"stats": 1, 2: {"mean"}}),
+        over(elsewhere),  # another module's functions are its own affair
+        next(not_there_yet()),
+        functools.partial(by_argument, 1.0, third=harmless),
+        str.join,
+        len,
+        nnx.relu,
+    ],
+)
+def test_what_refers_to_no_stored_statistics_is_accepted(function):
+    batch_stats.refuse_closure(function)
+    batch_stats.refuse_closure(jax.jit(lambda params, x: function(params, x)))
+
+
+def normed(use=None, **fields):
+    """A linen model that passes ``use`` on to its BatchNorm, and its variables."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, *args, **kwargs):
+            return nn.BatchNorm(use, **fields)(nn.Dense(2)(x), *args, **kwargs)
+
+    return Model(), Model().init(
+        KEY, X[:, 0, 0], **({"use_running_average": True} if use is None else {})
+    )
+
+
+def test_linen_batch_norm_on_stored_statistics_is_refused_however_it_is_told():
+    x = X[:, 0, 0]
+    field, field_variables = normed(True)
+    call, call_variables = normed()
+    calls = [
+        lambda: field.apply(field_variables, x),
+        lambda: call.apply(call_variables, x, True),
+        lambda: call.apply(call_variables, x, use_running_average=True),
+    ]
+    for run in calls:
+        wanted = run()
+        with (
+            batch_stats.refuse_stored(),
+            pytest.raises(ValueError, match=r"stored statistics.*batch_stats\.linen.*\.nnx.*keep"),
+        ):
+            run()
+        np.testing.assert_array_equal(run(), wanted)  # allowed again
+
+
+def test_linen_batch_norm_on_the_batch_is_not_refused_however_it_is_told():
+    x = X[:, 0, 0]
+    field, field_variables = normed(False)
+    call, call_variables = normed()
+    calls = [
+        lambda: field.apply(field_variables, x, mutable="batch_stats")[0],
+        lambda: call.apply(call_variables, x, False, mutable="batch_stats")[0],
+        lambda: call.apply(call_variables, x, use_running_average=False, mutable="batch_stats")[0],
+    ]
+    for run in calls:
+        wanted = run()
+        with batch_stats.refuse_stored():
+            np.testing.assert_array_equal(run(), wanted)
+
+
+def test_other_methods_of_a_linen_batch_norm_are_not_refused():
+    class Named(nn.BatchNorm):
+        def title(self, x):
+            return self.momentum
+
+    model = Named(use_running_average=True)
+    with batch_stats.refuse_stored():
+        assert model.apply({}, X, method="title") == 0.99
+
+
+@pytest.mark.parametrize("module", ["flax.linen", "flax.nnx"])
+def test_without_flax_there_is_nothing_to_refuse(monkeypatch, module):
+    monkeypatch.delitem(sys.modules, module)
+    with batch_stats.refuse_stored():
+        ran = batch_stats.refuse_closure(harmless) is None
+    assert ran

@@ -368,6 +368,27 @@ def test_works_in_float64_and_under_strict_promotion(binning):
         np.testing.assert_allclose(ece, ece_oracle(wide, labels, 20, binning), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
+def test_the_precision_of_the_probabilities_is_that_of_the_metrics(dtype):
+    """Of integers, one-hot ones, it is float32."""
+    labels = np.arange(7) % 3
+    probs = np.eye(3)[labels]
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        probs, labels = jnp.asarray(probs, dtype), jnp.asarray(labels, jnp.uint64)
+        values = [metric(probs, labels) for metric in PER_LABEL]
+        values += [metrics.reliability(probs, labels).confidence]
+        values += [metrics.predictive_entropy(probs), metrics.mutual_information(probs[None])]
+        wanted = np.float64 if dtype is np.float64 else np.float32
+        assert [value.dtype for value in values] == [wanted] * len(values)
+        np.testing.assert_array_equal(jnp.stack(values[:4]), [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize(("dtype", "label"), [("uint32", 2**32 - 1), ("int64", 2**32)])
+def test_wide_labels_are_not_wrapped_around(dtype, label):
+    with jax.enable_x64(True), pytest.raises(ValueError, match=rf"labels holds {label}, but"):
+        metrics.nll(np.eye(2), jnp.array([0, label], dtype))
+
+
 def test_strict_promotion_in_half_precision():
     probs, labels = example()
     probs, labels = jnp.asarray(probs, jnp.bfloat16), jnp.asarray(labels, jnp.uint8)
@@ -422,6 +443,37 @@ def test_a_nan_among_the_probabilities(metric):
     assert np.isnan(jax.jit(metric)(probs, labels))
 
 
+@pytest.mark.parametrize("value", [-1e-3, 1.1, np.inf, -np.inf, np.nan])
+def test_what_can_be_no_probability_is_nan_inside_jit(value):
+    probs, labels = example(n=6)
+    probs[3, (labels[3] + 1) % 7] = value
+    for metric in PER_LABEL:
+        assert np.isnan(jax.jit(metric)(probs, labels)), metric
+    bad = np.arange(6) == 3
+    np.testing.assert_array_equal(np.isnan(jax.jit(metrics.predictive_entropy)(probs)), bad)
+    samples = np.stack([example(seed, n=6)[0] for seed in range(2)])
+    assert np.isfinite(jax.jit(metrics.mutual_information)(samples)).all()
+    samples[1] = probs
+    np.testing.assert_array_equal(np.isnan(jax.jit(metrics.mutual_information)(samples)), bad)
+
+
+def test_logits_are_nan_where_nothing_can_be_raised():
+    logits = np.random.default_rng(0).normal(0, 3, (1, 20, 5)).astype(np.float32)
+    labels = np.zeros((1, 20), int)
+    for metric in (metrics.nll, metrics.brier):
+        assert np.isnan(jax.jit(metric)(logits, labels))
+        assert np.isnan(jax.vmap(metric)(logits, labels)).all()
+        assert np.isnan(jax.value_and_grad(metric)(logits, labels)[0])
+
+
+def test_rounding_of_probabilities_does_no_harm_inside_jit():
+    probs = np.array([[1.0000002, 0.0], [0.0, 1.0]], np.float32)
+    labels = np.arange(2)
+    for metric, best in zip(PER_LABEL, (0, 1, 0, 0), strict=True):
+        assert float(jax.jit(metric)(probs, labels)) == pytest.approx(best, abs=1e-6)
+    assert np.abs(jax.jit(metrics.predictive_entropy)(probs)).max() < 1e-6
+
+
 def test_constants_inside_jit_are_checked_and_do_no_harm():
     probs, labels = (jnp.asarray(x) for x in example())
     wrong, negative = jnp.full_like(labels, 9), -probs
@@ -444,6 +496,7 @@ def test_logits_log_probabilities_and_single_columns_are_refused():
     bad = {
         "probs holds the negative value -.*softmax.*jnp.exp": np.log(probs),
         "probs sums to 2 .*not to 1.*softmax": 2 * probs,
+        "probs sums to inf .*not to 1": np.where(probs == probs.max(), np.inf, probs),
         r"probs sums to \S+ .*two classes need two columns": probs[:, :1] * 0.5,
     }
     for message, values in bad.items():
@@ -454,11 +507,21 @@ def test_logits_log_probabilities_and_single_columns_are_refused():
             metrics.mutual_information(values[None])
 
 
-def test_one_bad_example_among_many_is_found():
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+def test_one_bad_example_among_many_is_found(factor):
     probs, labels = example()
-    probs[17] *= 1.05
-    with pytest.raises(ValueError, match=r"sums to 1\.05 "):
+    probs[17] *= factor
+    with pytest.raises(ValueError, match=rf"sums to {factor} "):
         metrics.nll(probs, labels)
+
+
+def test_the_only_class_is_certain():
+    """One column of ones is one class, in which there is nothing to err."""
+    ones, labels = np.ones((4, 1), np.float32), np.zeros(4, int)
+    for metric, best in zip(PER_LABEL, (0, 1, 0, 0), strict=True):
+        assert float(metric(ones, labels)) == best
+    np.testing.assert_array_equal(metrics.predictive_entropy(ones), 0)
+    np.testing.assert_array_equal(metrics.mutual_information(ones[None]), 0)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), ()])
@@ -481,6 +544,10 @@ def test_labels_that_do_not_fit(function):
         function(probs, labels[:5])
     with pytest.raises(ValueError, match=r"labels has shape \(6, 7\).*argmax"):
         function(probs, np.eye(7, dtype=int)[labels])
+    with pytest.raises(
+        ValueError, match=r"labels has shape \(6, 7\) and probs \(6,\).*probs first"
+    ):
+        function(labels, probs)
     for wrong in (labels.astype(np.float32), labels > 2):
         with pytest.raises(ValueError, match=rf"labels has dtype {wrong.dtype}.*astype\(int\)"):
             function(probs, wrong)
@@ -489,9 +556,11 @@ def test_labels_that_do_not_fit(function):
 @pytest.mark.parametrize("function", [metrics.ece, metrics.reliability])
 def test_bad_bins(function):
     probs, labels = example(n=6)
-    for num_bins in (0, -3, 2.5, None, "20"):
+    for num_bins in (0, -3, 2.5, None, "20", True):
         with pytest.raises(ValueError, match=rf"num_bins is {num_bins!r}, but must be an integer"):
             function(probs, labels, num_bins)
+    with pytest.raises(ValueError, match=r"num_bins is .*Tracer.* static under jit: try 20"):
+        jax.jit(function)(probs, labels, 20)
     with pytest.raises(ValueError, match=r"binning is 'quantile', but must be 'width' .*'count'"):
         function(probs, labels, binning="quantile")
     function(probs, labels, np.int64(5))
