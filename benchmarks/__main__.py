@@ -14,6 +14,7 @@ import tyro
 
 from benchmarks.experiments.classify import Classify, classify
 from benchmarks.options import UsageError
+from benchmarks.speed.command import Speed, speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def publish(options: Publish) -> None:
     report.README.write_text(report.with_table(report.README.read_text(), options.name, content))
 
 
-COMMANDS = {Classify: classify, Publish: publish}
+COMMANDS = {Classify: classify, Speed: speed, Publish: publish}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""How fast swagjax is, beside what the machine allows and beside other libraries."""

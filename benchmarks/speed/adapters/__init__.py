@@ -1,0 +1,1 @@
+"""Scripts that a peer's own Python runs: each builds a SWAG and answers requests for its times."""

@@ -1,0 +1,3 @@
+"""Not collected: these scripts import packages of other environments."""
+
+collect_ignore_glob = ["*.py"]
