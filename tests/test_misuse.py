@@ -9,6 +9,7 @@ see, in ``test_diagnostics.py``, like a rank that no memory holds.
 
 import copy
 import functools
+import itertools
 import pathlib
 import pickle
 import re
@@ -615,9 +616,7 @@ SCORING = {
         r"labels has shape \(5, 3\) and probs \(5,\).*pass probs first",
     ),
     "the samples not averaged": (
-        lambda: swagjax.metrics.nll(
-            swagjax.predict_samples(KEY, point(), probabilities, INPUTS, num_samples=2), LABELS
-        ),
+        lambda: swagjax.metrics.nll(jnp.stack([scored(), scored()]), LABELS),
         r"labels has shape \(5,\) and probs \(2, 5, 3\)",
     ),
 }
@@ -663,6 +662,12 @@ def donated():
     given = jax.tree.map(jnp.copy, opt_state())
     jax.jit(TX.update, donate_argnums=1)(PARAMS, given, PARAMS)
     return swagjax.get_state(given)
+
+
+def growing():
+    """A function that is not pure: JAX traces it more than once."""
+    lengths = itertools.count(2)
+    return lambda params, x: jnp.ones(next(lengths))
 
 
 def restored(folder, target):
@@ -714,6 +719,11 @@ PASSED_ON = {
         lambda _: predict(prob_fn=lambda p, x: np.asarray(probabilities(p, x))),
         jax.errors.TracerArrayConversionError,
         r"numpy\.ndarray conversion",
+    ),
+    "outputs of another shape at each call": (
+        lambda _: predict(point(), growing()),
+        TypeError,
+        r"incompatible shapes for broadcasting: \(2,\), \(3,\)",
     ),
     "a function that refuses the statistics": (
         lambda _: predict(refresh=swagjax.batch_stats.keep({"mean": jnp.zeros(3)})),
@@ -799,7 +809,7 @@ def test_a_boolean_of_numpy_is_a_boolean():
 def test_arrays_of_numpy_are_inputs_and_keys():
     words = np.asarray(jax.random.key_data(KEY))
     got = swagjax.predict(words, point(), probabilities, np.asarray(INPUTS), num_samples=1)
-    chex.assert_trees_all_equal((got, sample(state(), words)), (scored(), sample(state())))
+    chex.assert_trees_all_equal(got, scored())
 
 
 def test_the_state_is_found_in_whatever_holds_it():
