@@ -59,15 +59,16 @@ def merge(first: SWAGState, second: SWAGState) -> SWAGState:
 @jax.jit
 def _merge(first: SWAGState, second: SWAGState) -> SWAGState:
     count = first.count + second.count
-    share = second.count / jnp.maximum(count, 1)  # of the second
 
     def mean(m: jax.Array, other: jax.Array) -> Any:
         a, b = widen(m), widen(other)
-        return (a + (b - a) * share.astype(a.dtype)).astype(m.dtype)
+        return (a + (b - a) * _share(first, second, a.dtype)).astype(m.dtype)
 
     def variance(v: jax.Array, other: jax.Array, shift: jax.Array) -> Any:
-        a, b, weight = widen(v), widen(other), share.astype(shift.dtype)
-        return (a + (b - a) * weight + shift * shift * (weight * (1 - weight))).astype(v.dtype)
+        a, b, share = widen(v), widen(other), _share(first, second, shift.dtype)
+        # The shift from an empty state is none: its square could be infinite.
+        apart = jnp.where(share * (1 - share) == 0, 0, shift)
+        return (a + (b - a) * share + apart * apart * (share * (1 - share))).astype(v.dtype)
 
     shift = jax.tree.map(lambda a, b: widen(b) - widen(a), first.mean, second.mean)
     return SWAGState(
@@ -100,9 +101,11 @@ def _merge_rings(first: SWAGState, second: SWAGState, shift: list[jax.Array]) ->
     # The j-th iterate of the second is number n + j of the union: its row moves on by n.
     moved = jnp.roll(recentring(m, rank, dtype), n, axis=0)
     back = _running(n + m, rank, dtype)
-    share = (m / jnp.maximum(n + m, 1)).astype(dtype)
+    share, as_it_is = _share(first, second, dtype), jnp.eye(rank, dtype=dtype)
     of_first = contract(back, jnp.where(is_first[:, None], recentring(n, rank, dtype), 0))
+    of_first = jnp.where(m == 0, as_it_is, of_first)  # to the last bit
     of_second = contract(back, jnp.where(is_second[:, None], moved, 0))
+    of_second = jnp.where(n == 0, as_it_is, of_second)
     of_shift = contract(back, jnp.where(is_second, 1 - share, jnp.where(is_first, -share, 0)))
 
     def row_by_row(ring: jax.Array, a: jax.Array, b: jax.Array, s: jax.Array) -> jax.Array:
@@ -111,6 +114,13 @@ def _merge_rings(first: SWAGState, second: SWAGState, shift: list[jax.Array]) ->
 
     parts = zip(rings, combine(of_first, rings), combine(of_second, others), shift, strict=True)
     return jax.tree.unflatten(treedef, [row_by_row(*part) for part in parts])
+
+
+def _share(first: SWAGState, second: SWAGState, dtype: Any) -> jax.Array:
+    """The share of the second state in all iterates."""
+    count = jnp.maximum(first.count + second.count, 1)
+    share: jax.Array = second.count.astype(dtype) / count.astype(dtype)
+    return share
 
 
 def _running(count: jax.Array, rank: int, dtype: Any) -> jax.Array:
