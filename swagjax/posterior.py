@@ -553,9 +553,10 @@ def _kl(
 
 def _excess(v: jax.Array, u: jax.Array) -> jax.Array:
     """Of x = v / u, x - 1 - log x without cancellation near 1; nothing where u is zero."""
-    excess = divide(v, u) - 1
-    far = jnp.log(v) - jnp.log(jnp.where(u == 0, 1, u))
-    return jnp.where(u == 0, 0, excess - jnp.where(jnp.abs(excess) < 0.5, jnp.log1p(excess), far))
+    v, u = jnp.where(u == 0, 1, v), jnp.where(u == 0, 1, u)  # before the logarithms' slopes
+    excess = v / u - 1
+    near = jnp.abs(excess) < 0.5
+    return excess - jnp.where(near, jnp.log1p(jnp.where(near, excess, 0)), jnp.log(v) - jnp.log(u))
 
 
 def _trace_of_low_rank(p: Gaussian, q: Gaussian, factor: jax.Array) -> jax.Array:

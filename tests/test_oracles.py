@@ -676,6 +676,21 @@ def test_gradients_of_the_difference_and_of_the_divergence():
         np.testing.assert_allclose(slope, np.linalg.solve(T, m - n), rtol=1e-9)
 
 
+def test_gradients_of_the_divergence_pass_dead_weights_by():
+    """A weight that neither run moved counts as no dimension, in the slope as in the value."""
+    iterates = np.random.default_rng(0).normal(size=(6, 4))
+    dead = iterates.copy()
+    dead[:, 1] = 0.7
+
+    def slope(iterates):
+        state = collect(swagjax.swag(3), iterates)
+        mean = {"w": state.mean["w"].at[0].add(0.5)}
+        other = state._replace(mean=mean, variance={"w": 2 * state.variance["w"]})
+        return jax.grad(lambda scale: swagjax.kl(state, other, scale=scale))(0.7)
+
+    np.testing.assert_allclose(slope(dead), slope(np.delete(iterates, 1, axis=1)), rtol=1e-4)
+
+
 def test_divergence_of_members_side_by_side():
     rng = np.random.default_rng(0)
     states = [collect(swagjax.swag(3), rng.normal(size=(n, 4))) for n in (5, 5)]
