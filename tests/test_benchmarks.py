@@ -133,6 +133,7 @@ def test_members_side_by_side_equal_members_one_by_one(digits):
     assert int(methods._swag(ways[1][0][1]).count) == 2
 
 
+@pytest.mark.slow
 def test_a_member_is_the_same_whoever_trains_beside_it(digits, tmp_path):
     model = models.ConvNet(5, widths=(4, 4))
     alone, pair = (
@@ -321,6 +322,7 @@ def test_the_json_names_no_folder_of_this_machine(finished):
     assert str(finished.parents[2]) not in (finished / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_interrupted_and_its_last_checkpoint_damaged_a_run_resumes_to_the_same_numbers(
     finished, tmp_path, monkeypatch, capsys
 ):

@@ -935,6 +935,7 @@ def many_leaves(leaves=300, shapes=85):
     return {f"leaf{i}": np.zeros(shapes[i % len(shapes)], np.float32) for i in range(leaves)}
 
 
+@pytest.mark.slow
 def test_a_tree_of_300_leaves_compiles_to_a_small_program():
     """One normal a leaf took a minute to compile; so does a generator fused into every leaf."""
     function = jax.jit(PROGRAMS["sample"], static_argnums=2)

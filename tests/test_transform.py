@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import swagjax
+from swagjax import transform
 
 RANK = 3
 METHODS = {
@@ -944,6 +945,48 @@ def test_a_member_that_is_not_finite_leaves_the_others_alone(method):
             others = np.array([0, 1, 3])
             np.testing.assert_allclose(s[others], w[others], rtol=1e-5, atol=1e-6)
             np.testing.assert_array_equal(s[2], u[2])
+
+
+def test_members_that_are_shown_the_same_iterates():
+    """States are members side by side, parameters are not: what is shared is shared with each."""
+    tx, params = swagjax.swag(3), {"w": numbers(5), "b": numbers((2, 2), seed=1)}
+    axes = swagjax.member_axes(jax.eval_shape(tx.init, params))
+    states = [tx.init(jax.tree.map(lambda x, i=i: x + i, params)) for i in range(3)]
+    for i, shift in enumerate((0.0, 1.0, 5.0)):  # something of its own in every state
+        _, states[i] = tx.update(jax.tree.map(lambda x, s=shift: s * x, params), states[i], params)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    together = together._replace(step=states[0].step)
+    update = jax.vmap(tx.update, in_axes=(None, axes, None), out_axes=(None, axes))
+    _, together = update(params, together, params)
+    for i, state in enumerate(states):
+        member = jax.tree.map(lambda x, i=i: x[i], together._replace(step=jnp.full(3, 2)))
+        chex.assert_trees_all_close(member, tx.update(params, state, params)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "loops"),
+    [pytest.param("cpu", True, id="cpu"), pytest.param("cuda", False, id="cuda")],
+)
+def test_rows_of_members_are_written_in_a_loop_on_cpu_and_at_once_elsewhere(platform, loops):
+    tx, params = swagjax.swag(3), stacked()
+    axes = swagjax.member_axes(jax.eval_shape(tx.init, jax.tree.map(lambda x: x[0], params)))
+    state = jax.vmap(tx.init, out_axes=axes)(params)
+    update = jax.jit(jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes)))
+    text = jax.export.export(update, platforms=(platform,))(params, state, params).mlir_module()
+    assert ("stablehlo.while" in text) == loops
+
+
+def test_rows_of_members_are_the_same_written_in_a_loop_or_at_once(monkeypatch):
+    rings, theta, mean = numbers((4, 3, 5)), numbers((4, 5), seed=1), numbers((4, 5), seed=2)
+    args = rings, jnp.array([0, 2, 1, 0]), theta, mean, jnp.array([True, True, False, True])
+
+    def at_once(*args, cpu, default):
+        return default(*args)
+
+    write = jax.vmap(transform._write_row)
+    loop = write(*args)
+    monkeypatch.setattr(jax.lax, "platform_dependent", at_once)
+    chex.assert_trees_all_equal(loop, write(*args))
 
 
 def test_member_axes_of_any_tree():
