@@ -1,6 +1,6 @@
 """SWAG posteriors over neural-network weights, as an optax gradient transformation."""
 
-from swagjax import batch_stats, diagnostics, metrics, schedules, sharding
+from swagjax import batch_stats, calibration, diagnostics, metrics, schedules, sharding
 from swagjax.averaging import predict, predict_batches, predict_log, predict_samples
 from swagjax.merging import merge
 from swagjax.posterior import (
@@ -18,6 +18,7 @@ from swagjax.transform import SWAGState, get_state, member_axes, state_bytes, sw
 __all__ = [
     "SWAGState",
     "batch_stats",
+    "calibration",
     "diagnostics",
     "entropy",
     "from_noise",

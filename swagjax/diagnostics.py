@@ -1,13 +1,79 @@
-"""Is a posterior to be trusted: checks of what was collected."""
+"""Is a posterior to be trusted: checks of what was collected.
 
-from typing import Any
+``drift``, ``effective_count`` and ``captured_variance`` read the last K collected iterates, whose
+inner products, less their mean and in the order of collection, are a K x K matrix::
+
+    G_ij = (theta_i - mean) . (theta_j - mean),    mean = 1/h sum_i theta_i,  h = min(n, K)
+
+All weights count alike, as they do in the distance between two iterates. The functions are pure
+and take one state, ``jax.vmap`` them over members: ``in_axes=swagjax.member_axes(state)``. With
+fewer than four iterates they raise ``ValueError``, and give NaN inside ``jit``. The ring is read
+2 K times and never copied.
+"""
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from swagjax import pooling
+from swagjax.gaussian import collected, combine, contract, noise_dtype, recentring
 from swagjax.pairing import restrict
 from swagjax.transform import SWAGState, check_single, get_state, widen
+
+_LEAST = 4  # iterates: of three, the permutations have too few moments
+
+
+class Drift(NamedTuple):
+    """Whether the iterates stood around one point, see :func:`drift`.
+
+    Attributes:
+      trend: R^2, the share of the held iterates' scatter along a straight line in time.
+      expected: the mean of ``trend`` over all orders of the same iterates, 1 / (h - 1).
+      z: ``trend`` less ``expected`` over its standard deviation over all orders.
+      shift: squared distance of the held iterates' mean from theta_SWA over what it is in the
+        mean over all orders of the n iterates; NaN while n <= K, where there is none.
+      spread: variance of the held iterates over that of all, summed over the weights.
+      movement: RMS distance of all iterates from theta_SWA, over the norm of theta_SWA.
+    """
+
+    trend: jax.Array
+    expected: jax.Array
+    z: jax.Array
+    shift: jax.Array
+    spread: jax.Array
+    movement: jax.Array
+
+
+class EffectiveCount(NamedTuple):
+    """How many independent iterates the mean is worth, see :func:`effective_count`.
+
+    Attributes:
+      n_eff: effective number of the n collected iterates, n / time.
+      time: integrated autocorrelation time, in collections.
+      autocorrelation: shape (K,), at lags 0 to K - 1; NaN from lag h on.
+    """
+
+    n_eff: jax.Array
+    time: jax.Array
+    autocorrelation: jax.Array
+
+
+class CapturedVariance(NamedTuple):
+    """How many directions the iterates spread over, see :func:`captured_variance`.
+
+    Attributes:
+      cumulative: shape (K - 1,), the share of the held iterates' variance within the first
+        1 ... K - 1 principal directions; NaN from h on, where there are no more.
+      effective_dimension: participation ratio of the principal variances, from 1 to h - 1.
+      low_rank_share: share of the low-rank part in the variance of the posterior.
+    """
+
+    cumulative: jax.Array
+    effective_dimension: jax.Array
+    low_rank_share: jax.Array
 
 
 def check_iterate(opt_state: Any, params: optax.Params) -> None:
@@ -62,6 +128,170 @@ def check_iterate(opt_state: Any, params: optax.Params) -> None:
             )
 
 
+def drift(state: SWAGState) -> Drift:
+    """Do the iterates still travel, or stand still: a posterior too wide and off, or too narrow.
+
+    With c the times 1 ... h less their mean, of norm 1, and S = tr Sigma_diag * n / (n - 1)::
+
+        trend    = c^T G c / tr G
+        z        = (trend - 1 / (h - 1)) / (standard deviation of trend over all h! orders)
+        shift    = |mean_h - theta_SWA|^2 / (S (1/h - 1/n))       (mean_h: of the held iterates)
+        spread   = tr G / (h - 1) / S
+        movement = (tr Sigma_diag)^(1/2) / |theta_SWA|
+
+    If the iterates are exchangeable, as independent draws are, ``z`` has mean 0 and variance 1
+    whatever their distribution (and P(z >= t) <= 1 / (1 + t^2)), ``shift`` and ``spread`` have
+    mean 1 over the orders of all n. SGD's iterates are correlated, and then ``z`` is large
+    long before the posterior is bad: ``trend`` itself is the size of the effect. Summed over many
+    weights it is near
+
+    - 1 / (h - 1) for independent iterates,
+    - their autocorrelation time / (h - 1), where that time is far below h; for AR(1) with
+      coefficients .3, .5, .7, .9 and h = 20: .09, .14, .23, .43,
+    - 3/5 (h^2 + 1) / (h^2 - 1) for a random walk: nothing holds the iterates,
+    - 1 for a straight path.
+
+    ``shift`` far above 1 says that theta_SWA is an average over a path behind the iterates: start
+    later (for a straight path it nears 3 h, for correlated iterates their autocorrelation time).
+    ``spread`` far below 1 says that the held iterates, and with them D, are from a smaller region
+    than Sigma_diag: the run has settled, or travels. A ``movement`` near the rounding of the
+    dtype, 1e-7, is of iterates that stand still, and then the other numbers are of rounding
+    errors, or NaN if none moved at all.
+
+    Args:
+      state: what ``swag`` collected.
+
+    Returns:
+      Scalars.
+
+    Raises:
+      ValueError: for a state without deviations, of rank below 4, with fewer than 4 iterates.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag(rank=10), jnp.zeros(1000)
+      >>> def follow(path):  # collect the rows of path
+      ...     step = lambda state, x: (tx.update(x, state, params)[1], None)
+      ...     return jax.lax.scan(step, tx.init(params), path)[0]
+      >>> steps = jax.random.normal(jax.random.key(0), (40, 1000))
+      >>> for path in (steps, jnp.cumsum(steps, 0), jnp.cumsum(steps + 9, 0)):
+      ...     found = swagjax.diagnostics.drift(follow(path))
+      ...     print(*(x.round(1) for x in (found.trend, found.expected, found.shift, found.spread)))
+      0.1 0.1 1.0 1.0
+      0.6 0.1 14.7 0.3
+      1.0 0.1 22.0 0.1
+
+    Source: McArdle, Anderson 2001, "Fitting multivariate models to community data", the statistic
+    (time as the one regressor); Kazi-Aoual et al. 1995, "Refined approximations to permutation
+    tests for multivariate inference", its moments; Antognini, Sohl-Dickstein 2018
+    (arXiv:1806.08805), on random walks of many dimensions.
+    """
+    _check(state)
+    found: Drift = _drift(state)
+    return found
+
+
+def effective_count(state: SWAGState) -> EffectiveCount:
+    """Effective number of collected iterates, n over the integrated autocorrelation time.
+
+    With the autocorrelations rho_l of the held iterates, pooled over all weights::
+
+        n_eff = n / (1 + 2 sum_l rho_l),  rho_l = (g_l + v) / (g_0 + v)
+        g_l   = 1 / (h - l) sum_i G_i,i+l
+        v     = 1 / h^2 sum_ij gamma_|i-j|,  gamma_l = g_l + v           (solved for v, v >= 0)
+
+    The mean of the held iterates is no more known than they are, and taking it off lowers every
+    autocovariance by its variance v: added back here, so that independent iterates have time 1 at
+    any h. Both sums stop before the first pair rho_2m + rho_2m+1 that is not positive, and at lag
+    h / 2 at the latest; n_eff is at most n max(1, log10 n).
+
+    A ring of h sees no correlation that is longer. For AR(1) with coefficient rho the true time is
+    (1 + rho) / (1 - rho); over many weights the estimate nears
+
+    ======  =====  ======  ======  =======
+    rho     true   h = 10  h = 20  h = 100
+    ======  =====  ======  ======  =======
+    0       1      1       1       1
+    .5      3      1.9     2.6     2.9
+    .7      5.7    2.1     3.7     5.2
+    .9      19     4.0     6.4     14.4
+    ======  =====  ======  ======  =======
+
+    so that a time above h / 10 is a lower bound, and n_eff an upper one. A random walk comes
+    out at about .4 h, a straight path at .55 h. Spacing the collections by the time (``every``)
+    makes the ring hold independent iterates.
+
+    Args:
+      state: what ``swag`` collected. All n iterates are taken to be correlated as the held ones.
+
+    Returns:
+      Two scalars and the autocorrelations.
+
+    Raises:
+      ValueError: for a state without deviations, of rank below 4, with fewer than 4 iterates.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag(rank=50), jnp.zeros(1000)
+      >>> def collect(carry, z):  # AR(1) with coefficient 1/2: a third of the iterates counts
+      ...     x, state = carry
+      ...     x = 0.5 * x + z
+      ...     return (x, tx.update(x, state, params)[1]), None
+      >>> steps = jax.random.normal(jax.random.key(0), (90, 1000))
+      >>> (_, state), _ = jax.lax.scan(collect, (params, tx.init(params)), steps)
+      >>> found = swagjax.diagnostics.effective_count(state)
+      >>> print(found.n_eff.round(), found.autocorrelation[:4].round(1))
+      33.0 [1.  0.5 0.2 0.1]
+
+    Source: Geyer 1992, "Practical Markov chain Monte Carlo", section 3.3 (initial positive
+    sequence); the bound on n_eff is that of Stan.
+    """
+    _check(state)
+    found: EffectiveCount = _effective_count(state)
+    return found
+
+
+def captured_variance(state: SWAGState) -> CapturedVariance:
+    """Over how many directions the iterates spread: would a smaller rank do, or a larger one help.
+
+    With l_1 >= ... >= l_(h-1) the eigenvalues of G, the principal variances of the held iterates
+    but for the factor 1 / (h - 1), and D the deviations as they are held::
+
+        cumulative_k        = (l_1 + ... + l_k) / tr G
+        effective_dimension = (tr G)^2 / tr G^2
+        low_rank_share      = L / (L + tr Sigma_diag),   L = tr D D^T / (h - 1)
+
+    Independent iterates of a broad posterior have ``cumulative_k`` near k / (h - 1) and an
+    effective dimension near h - 1: every new iterate is a direction of its own, the ring shows no
+    subspace, and one of twice the rank would double it. A curve that is near 1 at a few k says
+    that so many directions hold the variance, and a ring of a few times that rank would do; but a
+    random walk looks so too, with 1 - 6 / pi^2 = .39 of its variance beyond the first direction:
+    see ``drift`` first. ``low_rank_share`` is about 1/2 if the held iterates spread as all do.
+
+    Args:
+      state: what ``swag`` collected.
+
+    Returns:
+      The shares, shape (K - 1,), and two scalars.
+
+    Raises:
+      ValueError: for a state without deviations, of rank below 4, with fewer than 4 iterates.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag(rank=4), jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> for x in ([3.0, 0, 0], [-3.0, 0, 0], [0, 1.0, 0], [0, -1.0, 0]):
+      ...     _, state = tx.update(jnp.array(x), state, params)
+      >>> found = swagjax.diagnostics.captured_variance(state)
+      >>> print(found.cumulative.round(4), found.effective_dimension.round(2))
+      [0.9 1.  1. ] 1.22
+    """
+    _check(state)
+    found: CapturedVariance = _captured_variance(state)
+    return found
+
+
 def _newest_deviation(state: SWAGState) -> Any:
     count = int(state.count)
     if count and state.deviations is not None:
@@ -84,3 +314,164 @@ def _rounding(mean: jax.Array, deviation: jax.Array) -> jax.Array:
     eps, ring = float(jnp.finfo(mean.dtype).eps), jnp.finfo(deviation.dtype)
     stored = float(ring.eps) * d + float(ring.smallest_subnormal)
     return 4 * eps * jnp.max(m + d, initial=0) + stored
+
+
+def _check(state: SWAGState) -> None:
+    if not isinstance(state, SWAGState):
+        raise ValueError(
+            f"state is a {type(state).__name__}: give the SWAGState, swagjax.get_state(opt_state)"
+        )
+    check_single(state)
+    ring = jax.tree.leaves(state.deviations)
+    if not ring or state.variance is None:
+        raise ValueError(
+            "the state holds no deviations or no variance (swag_diag, swa, a dropped field): the "
+            "diagnostics read the last iterates that swagjax.swag(rank=20) holds"
+        )
+    if len(ring[0]) < _LEAST:
+        raise ValueError(
+            f"rank={len(ring[0])}: nothing can be told of fewer than {_LEAST} iterates; collect "
+            "with a larger rank, swagjax.swag(rank=20)"
+        )
+    if not isinstance(state.count, jax.core.Tracer) and int(state.count) < _LEAST:
+        raise ValueError(
+            f"count={state.count}: nothing can be told of fewer than {_LEAST} iterates; train on, "
+            "or collect from an earlier `start` or by a smaller `every`"
+        )
+
+
+@jax.jit
+def _drift(state: SWAGState) -> Drift:
+    gram, h = _gram(state)
+    n, time = state.count.astype(h.dtype), jnp.arange(len(gram), dtype=h.dtype)
+    held = (time < h).astype(h.dtype)
+    # Less its mean over all orders, C / (h - 1) with C the centring matrix: nothing cancels below.
+    centring = jnp.diag(held) - held[:, None] * held[None, :] / h
+    excess = gram / jnp.trace(gram) - centring / (h - 1)
+    c = held * (time - (h - 1) / 2)
+    c = c / jnp.sqrt(jnp.sum(c**2))
+    trend = contract(c, contract(excess, c))
+    variance = _sum(jax.tree.leaves(state.variance), h.dtype)
+    norm = _sum([widen(m) ** 2 for m in jax.tree.leaves(state.mean)], h.dtype)
+    apart = _products(state, _held_mean(state)[None])[0, 0]
+    shift = apart / variance * h * (n - 1) / (n - h)
+    movement = jnp.sqrt(variance / norm)
+    return Drift(
+        trend=trend + 1 / (h - 1),
+        expected=1 / (h - 1),
+        z=trend / jnp.sqrt(_order_variance(excess, c, h)),
+        shift=jnp.where(n > h, shift, jnp.nan),
+        spread=jnp.trace(gram) / (h - 1) / variance * (n - 1) / n,
+        movement=jnp.where(jnp.isnan(h), jnp.nan, movement),
+    )
+
+
+def _order_variance(excess: jax.Array, c: jax.Array, n: jax.Array) -> jax.Array:
+    """Variance of c^T E c over all orders of the entries of c, where E 1 = 0 and tr E = 0.
+
+    That of Kazi-Aoual et al. 1995 for the product of two centred matrices, c c^T and C / (n - 1)
+    + E with C the centring matrix: the terms without E cancel.
+    """
+    square, diagonal = jnp.sum(excess**2), jnp.sum(jnp.diagonal(excess) ** 2)
+    spikes = n * (n + 1) * jnp.sum(c**4) - 3 * (n - 1)
+    rest = n * (n + 1) * diagonal - 2 * (n - 1) * square
+    even = 2 * square / ((n - 1) * (n + 1))
+    return even + rest * spikes / ((n + 1) * n * (n - 1) * (n - 2) * (n - 3))
+
+
+@jax.jit
+def _effective_count(state: SWAGState) -> EffectiveCount:
+    gram, h = _gram(state)
+    n, rank = state.count.astype(h.dtype), len(gram)
+    lag = jnp.arange(rank, dtype=h.dtype)
+    sums = jnp.stack([jnp.trace(gram, offset) for offset in range(rank)])
+    g = jnp.where(lag < h, sums / jnp.maximum(h - lag, 1), jnp.nan)
+    used = _initial_positive(g, h)
+    pairs = jnp.where(used, jnp.where(lag > 0, 2, 1) * (h - lag), 0)  # of iterates a lag apart
+    v = jnp.maximum(jnp.sum(jnp.where(used, pairs * g, 0)) / (h**2 - jnp.sum(pairs)), 0)
+    rho = (g + v) / (g[0] + v)
+    time = 2 * jnp.sum(jnp.where(used, rho, 0)) - 1
+    time = jnp.maximum(time, 1 / jnp.maximum(jnp.log10(n), 1))
+    time = jnp.where(jnp.isnan(rho[0]), jnp.nan, time)
+    return EffectiveCount(n / time, time, rho)
+
+
+def _initial_positive(g: jax.Array, h: jax.Array) -> jax.Array:
+    """Which lags come before the first pair g_2m + g_2m+1 that is not positive, up to h / 2."""
+    pairs = jnp.append(g, jnp.zeros(len(g) % 2, g.dtype)).reshape(-1, 2)
+    inside = 2 * jnp.arange(len(pairs), dtype=h.dtype) + 1 <= h / 2
+    good = (pairs.sum(1) > 0) & inside
+    return jnp.repeat(jnp.cumprod(good).astype(bool), 2)[: len(g)]
+
+
+@jax.jit
+def _captured_variance(state: SWAGState) -> CapturedVariance:
+    gram, h = _gram(state)
+    share = gram / jnp.trace(gram)
+    # Of a matrix of NaN some solvers return none.
+    values = jnp.linalg.eigvalsh(jnp.where(jnp.isnan(share), 0, share))[::-1]
+    cumulative = jnp.cumsum(jnp.maximum(values, 0))[:-1]
+    exists = jnp.arange(1, len(gram), dtype=h.dtype) < jnp.where(jnp.isnan(share[0, 0]), 0, h)
+    variance = _sum(jax.tree.leaves(state.variance), h.dtype)
+    low_rank = _sum([widen(ring) ** 2 for ring in _rings(state)], h.dtype) / (h - 1)
+    return CapturedVariance(
+        cumulative=jnp.where(exists, cumulative, jnp.nan),
+        effective_dimension=1 / jnp.sum(share**2),
+        low_rank_share=low_rank / (low_rank + variance),
+    )
+
+
+def _gram(state: SWAGState) -> tuple[jax.Array, jax.Array]:
+    """G in the order of collection, zero beyond the iterates held, and their number h.
+
+    Both are NaN where there are fewer than can be read.
+    """
+    rank, dtype = len(jax.tree.leaves(state.deviations)[0]), noise_dtype(state)
+    number = collected(state.count, rank)
+    centred = recentring(state.count, rank, dtype) - _held_mean(state)[None, :]
+    # Rows not yet written come last. They stay zero: until all are, the two means are the same.
+    order = jnp.argsort(jnp.where(number > 0, number, jnp.iinfo(number.dtype).max))
+    held = jnp.minimum(state.count, rank)
+    h = jnp.where(held >= _LEAST, held.astype(dtype), jnp.nan)
+    return jnp.where(jnp.isnan(h), jnp.nan, _products(state, centred[order])), h
+
+
+def _products(state: SWAGState, weights: jax.Array) -> jax.Array:
+    """Inner products of sums of deviations: (W D) (W D)^T for ``weights`` W of shape (R, K).
+
+    As W (D (W D)^T): where W takes off what the deviations have in common, the products of that
+    part would have to cancel in W (D D^T) W^T, and float32 keeps seven digits of them.
+    """
+
+    def products(ring: jax.Array) -> jax.Array:
+        # A sum at a time: all at once would copy the ring.
+        def one(row: jax.Array) -> jax.Array:
+            x = combine(row, [ring])[0]
+            terms = ring.astype(x.dtype) * x[None]
+            return terms.sum(tuple(range(1, ring.ndim))).astype(weights.dtype)
+
+        inner: jax.Array = jax.lax.map(one, weights)
+        return inner
+
+    inner = contract(functools.reduce(jnp.add, map(products, _rings(state))), weights.T)
+    return (inner + inner.T) / 2
+
+
+def _held_mean(state: SWAGState) -> jax.Array:
+    """Weights of the rows of the ring, (K,), that make the held iterates' mean less theta_SWA."""
+    rank, dtype = len(jax.tree.leaves(state.deviations)[0]), noise_dtype(state)
+    held = collected(state.count, rank) > 0
+    average = held.astype(dtype) / jnp.maximum(jnp.sum(held), 1).astype(dtype)
+    return contract(average, recentring(state.count, rank, dtype))
+
+
+def _rings(state: SWAGState) -> list[jax.Array]:
+    """The rings of all leaves, the small ones joined where that moves nothing between devices."""
+    rings, means = jax.tree.leaves(state.deviations), jax.tree.leaves(state.mean)
+    groups = pooling.group(rings) if pooling.whole(means) else pooling.lone(rings)
+    return pooling.pool(rings, groups, lead=1)
+
+
+def _sum(arrays: list[jax.Array], dtype: Any) -> jax.Array:
+    """Sum over all elements of all arrays."""
+    return functools.reduce(jnp.add, [widen(x).sum().astype(dtype) for x in arrays])

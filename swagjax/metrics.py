@@ -1,17 +1,35 @@
-"""How good, how well calibrated and how cautious predicted probabilities are.
+"""How good, how well calibrated and how cautious predictions are: classes and real numbers.
 
-Every function takes arrays and returns a JAX scalar or array, is pure, and works under ``jit`` and
-``vmap``. ``probs`` has shape ``(..., C)``, ``labels`` is an integer array of shape ``(...)``; what
-is averaged over examples is a mean, never a sum. Half precision is widened to float32 first.
+Every function takes arrays and returns JAX scalars or arrays, is pure, and works under ``jit`` and
+``vmap``. What is averaged over examples is a mean, never a sum. Half precision is widened to
+float32 first. There are three families, in this order:
 
-Outside ``jit`` values are checked: labels that are no class and probabilities that are negative or
-do not sum to one are a ``ValueError``. Inside ``jit``, ``vmap`` or ``grad`` nothing can be raised:
-a label that is no class, and a probability that is NaN, negative or above one, as most logits are,
-make the metric NaN. Sums are not looked at there, which would cost time.
+classification
+    ``nll``, ``accuracy``, ``brier``, ``ece``, ``reliability``: ``probs`` has shape ``(..., C)``,
+    ``labels`` is an integer array of shape ``(...)``.
+out of distribution
+    ``predictive_entropy``, ``mutual_information`` of such probabilities, ``auroc`` of any scores.
+regression
+    ``rmse``, ``gaussian_nll``, ``mixture_nll``, ``moment_match``, ``coverage``,
+    ``interval_width``, ``gaussian_crps``, ``mixture_crps``: a prediction is a Gaussian ``mean`` and
+    ``variance`` of the shape of ``targets``, or an equally weighted mixture of S Gaussians,
+    ``means`` and ``variances`` with a leading axis S more, such as ``predict_samples`` returns. A
+    variance may be a scalar, one for all; nothing else is broadcast, since ``(N, 1)`` against
+    ``(N,)`` would compare every example with every other. Variances are those of the targets:
+    where the spread of means is all there is, the noise of the targets is missing.
+
+Outside ``jit`` values are checked: labels that are no class, probabilities that are negative or do
+not sum to one, variances that are not positive, and means and targets that are not finite are a
+``ValueError``. Inside ``jit``, ``vmap`` or ``grad`` nothing can be raised: there any of them makes
+the metric NaN, a probability where it is NaN, negative or above one, as most logits are. Sums of
+probabilities are not looked at there, which would cost time.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +61,19 @@ class Reliability(NamedTuple):
     confidence: jax.Array
     accuracy: jax.Array
     count: Any  # a jax.Array; annotated so, it would clash with tuple.count
+
+
+class Moments(NamedTuple):
+    """Mean and variance of predictions, arrays of one shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> mean, variance = metrics.Moments(jnp.zeros(3), jnp.ones(3))
+    """
+
+    mean: jax.Array
+    variance: jax.Array
 
 
 def nll(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -131,7 +162,8 @@ def brier(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     Source: Brier (1950), "Verification of Forecasts Expressed in Terms of Probability", equation 2.
     """
     probs, labels = _read(probs, labels)
-    target = labels[..., None] == jnp.arange(probs.shape[-1], dtype=labels.dtype)
+    classes = jax.lax.broadcasted_iota(labels.dtype, probs.shape, probs.ndim - 1)
+    target = labels[..., None] == classes
     score = jnp.sum((probs - target.astype(probs.dtype)) ** 2, axis=-1)
     return jnp.mean(jnp.where(_is_sound(probs, labels), score, jnp.nan))
 
@@ -309,6 +341,244 @@ def auroc(scores_in: ArrayLike, scores_out: ArrayLike) -> jax.Array:
     return jnp.where(_any_nan(scores_in) | _any_nan(scores_out), jnp.nan, area)
 
 
+def rmse(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
+    """Root mean squared error, in the units of the targets.
+
+    ``sqrt(mean((predictions - targets)^2))``, the mean over all elements.
+
+    Args:
+      predictions: predicted values, shape ``(...)``.
+      targets: true values, shape ``(...)``, the same.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: shapes that differ, empty input; and outside ``jit`` values that are not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> metrics.rmse(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])).round(4)
+      Array(1.4142, dtype=float32)
+    """
+    predictions, targets = _read_pair("predictions", predictions, targets)
+    return jnp.sqrt(_mean_score(_squared_error, predictions, 1.0, targets))
+
+
+def gaussian_nll(mean: ArrayLike, variance: ArrayLike, targets: ArrayLike) -> jax.Array:
+    """Negative log density of the targets under Gaussians, a mean over examples in nats.
+
+    ``mean_i 1/2 (log(2 pi variance[i]) + (targets[i] - mean[i])^2 / variance[i])``. A density has
+    units: targets divided by a constant a lower it by ``log a``, so name the scale it is given in.
+
+    Args:
+      mean: predicted means, shape ``(...)``.
+      variance: predicted variances, noise included, shape ``(...)`` or a scalar.
+      targets: true values, shape ``(...)``.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: shapes that differ, empty input; and outside ``jit`` variances that are not
+        positive and values that are not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> metrics.gaussian_nll(jnp.zeros(2), jnp.ones(2), jnp.array([0.0, 1.0])).round(4)
+      Array(1.1689, dtype=float32)
+
+    Source: Maddox et al. (2019), section 5 (regression); the logarithmic score of Good (1952).
+    """
+    return -_mean_score(_log_density, *_read_gaussian(mean, variance, targets))
+
+
+def mixture_nll(means: ArrayLike, variances: ArrayLike, targets: ArrayLike) -> jax.Array:
+    """Negative log density of the targets under mixtures of S Gaussians, a mean in nats.
+
+    ``-mean_i log(1/S sum_s N(targets[i]; means[s, i], variances[s, i]))``, by ``logsumexp``: the
+    Bayesian average of densities, as ``nll`` scores the Bayesian average of probabilities.
+
+    Args:
+      means: predicted means under S samples of the weights, shape ``(S, ...)``.
+      variances: predicted variances, noise included, shape ``(S, ...)`` or a scalar.
+      targets: true values, shape ``(...)``.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: as for ``gaussian_nll``; no axis of samples.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> means = jnp.array([[-1.0], [1.0]])  # S = 2 samples, one example
+      >>> metrics.mixture_nll(means, 1.0, jnp.array([0.0])).round(4)
+      Array(1.4189, dtype=float32)
+
+    Source: Maddox et al. (2019), section 3.3 (Bayesian model averaging).
+    """
+    return -_mean_score(_log_mixture, *_read_mixture(means, variances, targets))
+
+
+def moment_match(means: ArrayLike, variances: ArrayLike) -> Moments:
+    """Mean and variance of the equally weighted mixture over the leading axis.
+
+    ``mean = mean_s means[s]``; ``variance = mean_s variances[s] + mean_s (means[s] - mean)^2``, the
+    noise plus the spread of the samples. The spread is of differences from the first sample, never
+    E[m^2] - E[m]^2, so that it keeps its digits where the means are large and close together.
+
+    Args:
+      means: predicted means under S samples of the weights, shape ``(S, ...)``.
+      variances: predicted variances, shape ``(S, ...)`` or a scalar.
+
+    Returns:
+      ``Moments`` of shape ``means.shape[1:]``.
+
+    Raises:
+      ValueError: as for ``mixture_nll``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> metrics.moment_match(jnp.array([1.0, 3.0]), jnp.array([0.5, 1.5]))
+      Moments(mean=Array(2., dtype=float32), variance=Array(2., dtype=float32))
+
+    Source: Lakshminarayanan et al. (2017), "Simple and Scalable Predictive Uncertainty Estimation
+    using Deep Ensembles", section 2.4.
+    """
+    means, variances = _read_moments(("means", "variances"), means, variances)
+    _check_samples(means)
+    return Moments(*_moments(means, variances))
+
+
+def coverage(
+    mean: ArrayLike, variance: ArrayLike, targets: ArrayLike, *, level: float = 0.95
+) -> jax.Array:
+    """Share of targets inside the central interval of their Gaussian, in ``[0, 1]``.
+
+    ``mean_i (|targets[i] - mean[i]| <= q sqrt(variance[i]))`` where q is the ``(1 + level) / 2``
+    quantile of the standard normal. Calibrated predictions cover a share of ``level``; above it
+    they are too cautious, below it too sure.
+
+    Args:
+      mean: predicted means, shape ``(...)``.
+      variance: predicted variances, noise included, shape ``(...)`` or a scalar.
+      targets: true values, shape ``(...)``.
+      level: probability of the interval, a number in ``(0, 1)``; static under ``jit``.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: as for ``gaussian_nll``; a ``level`` outside ``(0, 1)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> metrics.coverage(jnp.zeros(4), 1.0, jnp.array([-1.9, 0.0, 1.9, 2.0]))
+      Array(0.75, dtype=float32)
+
+    Source: Gneiting and Raftery (2007), "Strictly Proper Scoring Rules, Prediction, and
+    Estimation", section 6.2 (central prediction intervals).
+    """
+    mean, variance, targets = _read_gaussian(mean, variance, targets)
+    return _mean_score(_is_inside, mean, variance, targets, _quantile(level))
+
+
+def interval_width(variance: ArrayLike, *, level: float = 0.95) -> jax.Array:
+    """Mean width of the central interval of Gaussians, in the units of the targets.
+
+    ``mean_i 2 q sqrt(variance[i])`` with q as in ``coverage``: of two methods of equal coverage the
+    one of narrower intervals is the sharper.
+
+    Args:
+      variance: predicted variances, noise included, shape ``(...)``.
+      level: probability of the interval, a number in ``(0, 1)``; static under ``jit``.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: empty input; a ``level`` outside ``(0, 1)``; and outside ``jit`` variances that
+        are not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> metrics.interval_width(jnp.array([1.0, 4.0])).round(4)
+      Array(5.8799, dtype=float32)
+
+    Source: Gneiting and Raftery (2007), section 6.2.
+    """
+    variance = _read_numbers("variance", variance, positive=True)
+    width = 2 * _quantile(level) * jnp.sqrt(variance)
+    return jnp.mean(jnp.where(_is_variance(variance), width, jnp.nan))
+
+
+def gaussian_crps(mean: ArrayLike, variance: ArrayLike, targets: ArrayLike) -> jax.Array:
+    """Continuous ranked probability score of Gaussians, in the units of the targets.
+
+    ``mean_i sd (z (2 Phi(z) - 1) + 2 phi(z) - pi^(-1/2))`` with ``sd = sqrt(variance[i])`` and
+    ``z = (targets[i] - mean[i]) / sd``: the integral of ``(F(x) - [x >= target])^2`` over x. The
+    less the better; the absolute error where the variance is nothing.
+
+    Args:
+      mean: predicted means, shape ``(...)``.
+      variance: predicted variances, noise included, shape ``(...)`` or a scalar.
+      targets: true values, shape ``(...)``.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: as for ``gaussian_nll``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> round(float(metrics.gaussian_crps(jnp.zeros(1), 1.0, jnp.zeros(1))), 4)
+      0.2337
+
+    Source: Gneiting and Raftery (2007), section 4.2 (there with the opposite sign).
+    """
+    return _mean_score(_crps, *_read_gaussian(mean, variance, targets))
+
+
+def mixture_crps(means: ArrayLike, variances: ArrayLike, targets: ArrayLike) -> jax.Array:
+    """Continuous ranked probability score of mixtures of S Gaussians, in units of the targets.
+
+    ``mean_i (1/S sum_s A(y - m_s, v_s) - 1/(2 S^2) sum_st A(m_s - m_t, v_s + v_t))``, where
+    ``A(m, v) = E|N(m, v)| = m (2 Phi(m / sd) - 1) + 2 sd phi(m / sd)`` with ``sd = sqrt(v)``. All
+    pairs of samples are compared, S^2 times the work, in the memory of S.
+
+    Args:
+      means: predicted means under S samples of the weights, shape ``(S, ...)``.
+      variances: predicted variances, noise included, shape ``(S, ...)`` or a scalar.
+      targets: true values, shape ``(...)``.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: as for ``mixture_nll``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> means = jnp.array([[-1.0], [1.0]])  # S = 2 samples, one example
+      >>> metrics.mixture_crps(means, 1.0, jnp.array([0.0])).round(4)
+      Array(0.3594, dtype=float32)
+
+    Source: Grimit et al. (2006), "The Continuous Ranked Probability Score for Circular Variables
+    and its Application to Mesoscale Forecast Ensemble Verification", equation 5.
+    """
+    return _mean_score(_mixture_crps, *_read_mixture(means, variances, targets))
+
+
 def _entropy(probs: jax.Array) -> jax.Array:
     terms = jax.scipy.special.entr(probs)
     return jnp.sum(jnp.where(_in_range(probs), terms, jnp.nan), axis=-1)
@@ -372,6 +642,110 @@ def _any_nan(x: jax.Array) -> jax.Array:
     return jnp.any(jnp.isnan(x))
 
 
+def _mean_score(
+    score: Callable[..., jax.Array],
+    mean: jax.Array,
+    variance: ArrayLike,
+    targets: jax.Array,
+    *rest: ArrayLike,
+) -> jax.Array:
+    """The mean over examples of a score, NaN where one of them has none; one program for all."""
+    result: jax.Array = _compiled_mean(score, mean, variance, targets, *rest)
+    return result
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled_mean(
+    score: Callable[..., jax.Array],
+    mean: jax.Array,
+    variance: jax.Array,
+    targets: jax.Array,
+    *rest: jax.Array,
+) -> jax.Array:
+    samples = tuple(range(mean.ndim - targets.ndim))
+    variance = jnp.broadcast_to(variance, mean.shape)
+    sound = jnp.all(_is_gaussian(mean, variance), axis=samples) & jnp.isfinite(targets)
+    return jnp.mean(jnp.where(sound, score(mean, variance, targets, *rest), jnp.nan))
+
+
+def _squared_error(mean: jax.Array, _: jax.Array, targets: jax.Array) -> jax.Array:
+    return (mean - targets) ** 2
+
+
+def _log_density(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> jax.Array:
+    z = (targets - mean) / jnp.sqrt(variance)
+    return -(math.log(2 * math.pi) + jnp.log(variance) + z**2) / 2
+
+
+def _log_mixture(means: jax.Array, variances: jax.Array, targets: jax.Array) -> jax.Array:
+    log_densities = _log_density(means, variances, targets[None])
+    return jax.nn.logsumexp(log_densities, axis=0) - math.log(len(means))
+
+
+def _is_inside(
+    mean: jax.Array, variance: jax.Array, targets: jax.Array, quantile: jax.Array
+) -> jax.Array:
+    inside = jnp.abs(targets - mean) <= quantile * jnp.sqrt(variance)
+    return inside.astype(mean.dtype)
+
+
+def _crps(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> jax.Array:
+    sd = jnp.sqrt(variance)
+    return _mean_distance(targets - mean, sd) - sd / math.sqrt(math.pi)
+
+
+def _mixture_crps(means: jax.Array, variances: jax.Array, targets: jax.Array) -> jax.Array:
+    to_target = jnp.mean(_mean_distance(targets[None] - means, jnp.sqrt(variances)), axis=0)
+    return to_target - _mean_pair_distance(means, variances) / 2
+
+
+def _mean_distance(mean: jax.Array, sd: jax.Array) -> jax.Array:
+    """``E|x|`` of x from N(mean, sd^2)."""
+    z = mean / (sd * math.sqrt(2))
+    return mean * jax.lax.erf(z) + sd * math.sqrt(2 / math.pi) * jnp.exp(-(z**2))
+
+
+def _mean_pair_distance(means: jax.Array, variances: jax.Array) -> jax.Array:
+    """``E|x - x'|`` of independent x and x' from one mixture over the leading axis."""
+
+    @jax.checkpoint  # a gradient, too, in the memory of S
+    def from_one(one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        mean, variance = one
+        sd = jnp.sqrt(variances + variance[None])
+        return jnp.mean(_mean_distance(means - mean[None], sd), axis=0)
+
+    return jnp.mean(jax.lax.map(from_one, (means, variances)), axis=0)
+
+
+@jax.jit
+def _moments(means: jax.Array, variances: jax.Array) -> tuple[jax.Array, jax.Array]:
+    variances = jnp.broadcast_to(variances, means.shape)
+    shift = means - means[:1]
+    centre = jnp.mean(shift, axis=0)
+    variance = jnp.mean(variances + (shift - centre[None]) ** 2, axis=0)
+    sound = jnp.all(_is_gaussian(means, variances), axis=0)
+    return jnp.where(sound, means[0] + centre, jnp.nan), jnp.where(sound, variance, jnp.nan)
+
+
+def _quantile(level: float) -> float:
+    """Half the width of the central interval of a standard normal."""
+    number = isinstance(level, Real) and not isinstance(level, bool)
+    if not number or not 0 < level < 1:
+        raise ValueError(
+            f"level is {level!r}, but must be a number above 0 and below 1, static under jit: try "
+            "0.95."
+        )
+    return NormalDist().inv_cdf((1 + float(level)) / 2)
+
+
+def _is_gaussian(mean: jax.Array, variance: jax.Array) -> jax.Array:
+    return jnp.isfinite(mean) & _is_variance(variance)
+
+
+def _is_variance(variance: jax.Array) -> jax.Array:
+    return (variance > 0) & (variance < jnp.inf)
+
+
 def _read(probs: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both arguments checked, the probabilities in float32 or better."""
     probs, labels = jnp.asarray(probs), jnp.asarray(labels)
@@ -425,6 +799,80 @@ def _read_scores(name: str, scores: ArrayLike) -> jax.Array:
     return scores
 
 
+def _read_gaussian(
+    mean: ArrayLike, variance: ArrayLike, targets: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The arguments checked and of one dtype."""
+    mean, targets = _read_pair("mean", mean, targets)
+    mean, variance = _read_moments(("mean", "variance"), mean, variance)
+    mean, variance, targets = _common((mean, variance, targets))
+    return mean, variance, targets
+
+
+def _read_mixture(
+    means: ArrayLike, variances: ArrayLike, targets: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As ``_read_gaussian``, with the samples on a leading axis."""
+    means, variances = _read_moments(("means", "variances"), means, variances)
+    _check_samples(means)
+    targets = _read_numbers("targets", targets)
+    if targets.shape != means.shape[1:]:
+        raise ValueError(
+            f"targets has shape {targets.shape} and means {means.shape}, but targets must have "
+            f"the shape of means less its first axis, {means.shape[1:]}: samples come first, and "
+            "an axis of length one is dropped by reshape, not broadcast."
+        )
+    means, variances, targets = _common((means, variances, targets))
+    return means, variances, targets
+
+
+def _read_moments(
+    names: tuple[str, str], mean: ArrayLike, variance: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    mean = _read_numbers(names[0], mean)
+    variance = _read_numbers(names[1], variance, positive=True)
+    if variance.ndim and variance.shape != mean.shape:
+        raise ValueError(
+            f"{names[1]} has shape {variance.shape} and {names[0]} {mean.shape}, but they must "
+            f"have one shape, or {names[1]} be a scalar: nothing else is broadcast, so use "
+            "reshape, or jnp.broadcast_to where that is meant."
+        )
+    mean, variance = _common((mean, variance))
+    return mean, variance
+
+
+def _read_pair(name: str, values: ArrayLike, targets: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    values, targets = _read_numbers(name, values), _read_numbers("targets", targets)
+    if targets.shape != values.shape:
+        raise ValueError(
+            f"targets has shape {targets.shape} and {name} {values.shape}, but they must have one "
+            f"shape: nothing is broadcast, so use targets.reshape({name}.shape) where that is "
+            "meant. An axis of samples is for mixture_nll, mixture_crps and moment_match."
+        )
+    values, targets = _common((values, targets))
+    return values, targets
+
+
+def _read_numbers(name: str, values: ArrayLike, *, positive: bool = False) -> jax.Array:
+    values = jnp.asarray(values)
+    if values.size == 0:
+        raise ValueError(
+            f"{name} has shape {values.shape}, but must hold at least one example: nothing has no "
+            "mean."
+        )
+    wide = jnp.issubdtype(values.dtype, jnp.floating) and values.dtype.itemsize >= 4
+    values = values if wide else values.astype(jnp.float32)
+    if not isinstance(values, jax.core.Tracer):
+        _check_numbers(name, values, positive)
+    return values
+
+
+def _common(arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """All in the widest of their dtypes, which strict promotion would not grant."""
+    dtype = max((x.dtype for x in arrays), key=lambda d: d.itemsize)
+    return [x.astype(dtype) for x in arrays]
+
+
 def _check_probs(name: str, probs: jax.Array) -> None:
     with jax.ensure_compile_time_eval():  # a constant may meet us inside a jitted function
         least, worst = (float(x) for x in _least_and_worst_sum(probs))
@@ -454,6 +902,36 @@ def _check_labels(labels: jax.Array, num_classes: int) -> None:
         raise ValueError(
             f"labels holds {least if least < 0 else greatest}, but probs has {num_classes} "
             f"classes, 0 to {num_classes - 1}: renumber the labels, or leave these examples out."
+        )
+
+
+def _check_numbers(name: str, values: jax.Array, positive: bool) -> None:
+    with jax.ensure_compile_time_eval():
+        least, greatest = (float(x) for x in _least_and_greatest(values))  # NaN goes through both
+    if not (math.isfinite(least) and math.isfinite(greatest)):
+        bad = greatest if math.isfinite(least) else least
+        raise ValueError(
+            f"{name} holds the value {bad:g}, but must be finite: leave these examples out, or "
+            "look for the cause in the model's outputs."
+        )
+    if positive and least <= 0:
+        raise ValueError(
+            f"{name} holds the value {least:g}, but must be positive: a network returns a "
+            "variance through jnp.exp or jax.nn.softplus, and where it returns none the noise of "
+            "the targets is to be added."
+        )
+
+
+@jax.jit
+def _least_and_greatest(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.min(values), jnp.max(values)
+
+
+def _check_samples(means: jax.Array) -> None:
+    if means.ndim == 0:
+        raise ValueError(
+            "means has shape (), but needs an axis of samples first: stack the predictions of the "
+            "samples, (S, ...)."
         )
 
 

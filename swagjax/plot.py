@@ -1,4 +1,4 @@
-"""Pictures of what ``swagjax.metrics`` returns: arrays and an optional Axes in, the Axes out.
+"""Pictures of what metrics and diagnostics return: arrays and an optional Axes in, the Axes out.
 
 The only room that imports matplotlib (``pip install swagjax[plot]``). Nothing is shown or saved,
 and a figure is made only where no Axes is given. Curves differ in colour (the palette of Okabe and
@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib import cbook
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike, NDArray
 
@@ -96,9 +97,9 @@ def reliability_diagram(
     conf, acc, share = _read_bins(confidence, accuracy, count)
     ax = _new_axes() if ax is None else ax
     _frame_gap(ax) if form == "gap" else _frame_classical(ax)
-    style = _next_style(ax) | cbook.normalize_kwargs(kwargs, Line2D)
+    style = _style(ax, kwargs)
     heights = acc - conf if form == "gap" else acc
-    (line,) = ax.plot(conf, heights, label=label, gid="reliability", **style)
+    (line,) = ax.plot(conf, heights, label=label, gid="curve", **style)
     if share is not None:
         _draw_halos(ax, line, share)
     if label is not None:
@@ -160,6 +161,88 @@ def entropy_histograms(
     return ax
 
 
+def autocorrelation(
+    autocorrelation: ArrayLike, *, ax: Axes | None = None, label: str | None = None, **kwargs: Any
+) -> Axes:
+    """Draw the autocorrelation of the collected iterates against lag, with the line of zero.
+
+    A curve that drops to the line within a lag or two is of iterates that are nearly independent;
+    one that falls straight through it, of a run that still travels. Long lags rest on few pairs of
+    iterates. Call it once per run on one Axes to compare.
+
+    Args:
+      autocorrelation: that field of ``diagnostics.effective_count``, shape ``(K,)``, from lag 0.
+        NaNs (of a ring that is not full) are left out.
+      ax: where to draw; without it a new figure is made.
+      label: name of the curve in the legend, which stands below the Axes.
+      **kwargs: passed to ``Axes.plot``; they replace the style that is chosen by turns.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: for an array that is not one-dimensional, or all NaN.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("Agg")
+      >>> from swagjax import plot
+      >>> ax = plot.autocorrelation([1.0, 0.5, 0.2, 0.1], label="every epoch")
+      >>> [line.get_label() for line in ax.lines]
+      ['independent', 'every epoch']
+    """
+    rho = _read_row("autocorrelation", autocorrelation, "diagnostics.effective_count")
+    ax = _new_axes() if ax is None else ax
+    if not _has_reference(ax):
+        ax.axhline(0.0, **{**_REFERENCE, "label": "independent"})
+    _draw_curve(ax, np.arange(len(rho)), rho, label, kwargs)
+    ax.set(xlabel="lag (collections)", ylabel="autocorrelation, all weights pooled")
+    _title(ax, "Autocorrelation of the iterates")
+    return ax
+
+
+def captured_variance(
+    cumulative: ArrayLike, *, ax: Axes | None = None, label: str | None = None, **kwargs: Any
+) -> Axes:
+    """Draw the share of the iterates' variance that their first principal directions hold.
+
+    The straight line is that of iterates that are independent and of equal variance in very many
+    directions, k / (h - 1): a curve along it says that the ring shows no subspace, one that is
+    high at a few k that so many directions hold the variance. Call it once per run on one Axes to
+    compare; each number of directions has a line of its own.
+
+    Args:
+      cumulative: that field of ``diagnostics.captured_variance``, shape ``(K - 1,)``, from one
+        direction on. NaNs (of a ring that is not full) are left out.
+      ax: where to draw; without it a new figure is made.
+      label: name of the curve in the legend, which stands below the Axes.
+      **kwargs: passed to ``Axes.plot``; they replace the style that is chosen by turns.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: for an array that is not one-dimensional, or all NaN.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("Agg")
+      >>> from swagjax import plot
+      >>> ax = plot.captured_variance([0.7, 0.9, 1.0], label="SWAG")
+      >>> [line.get_label() for line in ax.lines]
+      ['equal variance in all directions', 'SWAG']
+    """
+    shares = _read_row("cumulative", cumulative, "diagnostics.captured_variance")
+    ax = _new_axes() if ax is None else ax
+    lines = [line for line in ax.lines if line.get_gid() == "reference"]
+    ends = [np.max(line.get_xdata()) for line in lines]
+    if len(shares) not in ends:
+        name = "_" if ends else "equal variance in all directions"  # one entry of the legend
+        ax.plot([0, len(shares)], [0.0, 1.0], **{**_REFERENCE, "label": name})
+    _draw_curve(ax, np.arange(len(shares) + 1), np.append(0.0, shares), label, kwargs)
+    ax.set(xlabel="number of principal directions", ylabel="share of the iterates' variance")
+    _title(ax, "Variance captured by the first directions")
+    return ax
+
+
 def _new_axes() -> Axes:
     return plt.subplots(layout="constrained")[1]
 
@@ -199,10 +282,36 @@ def _read_bins(
     return conf[full], acc[full], share
 
 
-def _next_style(ax: Axes) -> dict[str, Any]:
-    """A style that no earlier curve on this Axes has, while they last."""
-    drawn = sum(line.get_gid() == "reliability" for line in ax.lines)
-    return {**_STYLES[drawn % len(_STYLES)], "linewidth": 1.4, "markersize": 5}
+def _style(ax: Axes, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The caller's choice, and else a style that no earlier curve on this Axes has."""
+    drawn = sum(line.get_gid() == "curve" for line in ax.lines)
+    style = {**_STYLES[drawn % len(_STYLES)], "linewidth": 1.4, "markersize": 5}
+    return style | cbook.normalize_kwargs(kwargs, Line2D)
+
+
+def _read_row(name: str, values: ArrayLike, source: str) -> NDArray[np.float64]:
+    """The numbers of one row that are there."""
+    row: NDArray[np.float64] = np.asarray(values, np.float64)
+    if row.ndim != 1 or np.isnan(row).all():
+        raise ValueError(
+            f"{name} has shape {row.shape} and {np.isfinite(row).sum()} finite values, but must be "
+            f"one-dimensional, with one at least: pass the field of one {source}."
+        )
+    return row[~np.isnan(row)]
+
+
+def _draw_curve(
+    ax: Axes,
+    number: NDArray[Any],
+    heights: NDArray[np.float64],
+    label: str | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """A curve over whole numbers."""
+    ax.plot(number, heights, label=label, gid="curve", **_style(ax, kwargs))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if label is not None:
+        _legend_below(ax)
 
 
 def _draw_halos(ax: Axes, line: Line2D, share: NDArray[np.float64]) -> None:

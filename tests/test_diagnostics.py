@@ -1,3 +1,5 @@
+import functools
+import itertools
 import re
 import types
 
@@ -5,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import swagjax
 from swagjax import transform
-from swagjax.diagnostics import check_iterate
+from swagjax.diagnostics import captured_variance, check_iterate, drift, effective_count
 
 RANK = 3
 WRAPPED = 2 * RANK + 2  # steps after which each row of the ring was written over
@@ -586,3 +589,409 @@ def test_processors_share_the_memory_of_their_machine():
     assert one is None or one > 1 << 27  # None where the system does not tell
     assert transform._memory(set(jax.devices())) == one
     assert transform._memory(set()) is None
+
+
+# --- drift, effective_count, captured_variance ------------------------------------------------
+
+READERS = (drift, effective_count, captured_variance)
+H = 8  # rank: all of its 40320 orders can be gone through
+
+
+def tree_of(rows):
+    """Rows of weights as a tree with a scalar, an empty leaf, a matrix and a hole."""
+    lead = rows.shape[:-1]
+    return {
+        "matrix": rows[..., 1:7].reshape(*lead, 2, 3),
+        "empty": jnp.zeros((*lead, 0)),
+        "hole": optax.MaskedNode(),
+        "rest": [rows[..., 0], rows[..., 7:]],
+    }
+
+
+def state_of(iterates, rank=H):
+    """The state of a run that collected the rows, by the oracle."""
+    n = jnp.asarray(len(iterates), jnp.int32)
+    moments = (iterates.mean(0), iterates.var(0), oracle.ring(iterates, rank))
+    trees = [tree_of(jnp.asarray(x, jnp.result_type(float))) for x in moments]
+    return swagjax.SWAGState(n, n, jnp.zeros_like(n), *trees)
+
+
+def correlated(rho, h):
+    """Iterates of an AR(1) process over so many weights that their inner products are exact.
+
+    Any h vectors of inner products rho^|i - j|; of a random walk for rho = 1, independent for 0.
+    """
+    i = np.arange(h)
+    steps = np.minimum(i[:, None], i) + 1.0 if rho == 1 else rho ** abs(i[:, None] - i)
+    return np.concatenate([np.linalg.cholesky(steps), np.ones((h, 7))], axis=1)
+
+
+def walk(rng, n, size=11, rho=0.6):
+    """Correlated iterates of weights of several scales around a mean, not near the limit."""
+    x = rng.normal(size=(n, size))
+    for i in range(1, n):
+        x[i] += rho * x[i - 1]
+    return 3.0 + x * np.linspace(0.2, 2.0, size)
+
+
+@functools.cache
+def orders(h):
+    return np.array(list(itertools.permutations(range(h))))
+
+
+def oracle_drift(iterates, rank):
+    n, h = len(iterates), min(len(iterates), rank)
+    held, mean = iterates[-h:], iterates.mean(0)
+    centred = held - held.mean(0)
+    scatter, S = (centred**2).sum(), iterates.var(0, ddof=1).sum()
+
+    def r2(time):  # of the least-squares lines of all weights over time, for every row
+        t = time - time.mean(-1, keepdims=True)
+        return ((t @ centred) ** 2).sum(-1) / (t**2).sum(-1) / scatter
+
+    trend, of_orders = r2(np.arange(h)), r2(orders(h))
+    apart = ((held.mean(0) - mean) ** 2).sum()
+    return {
+        "trend": trend,
+        "expected": of_orders.mean(),
+        "z": (trend - of_orders.mean()) / of_orders.std(),
+        "shift": apart / (S * (1 / h - 1 / n)) if n > h else np.nan,
+        "spread": scatter / (h - 1) / S,
+        "movement": np.sqrt(iterates.var(0).sum() / (mean**2).sum()),
+    }
+
+
+def oracle_effective_count(iterates, rank):
+    """With v from repeated substitution, and sums over pairs of iterates."""
+    n, h = len(iterates), min(len(iterates), rank)
+    held = iterates[-h:] - iterates[-h:].mean(0)
+    g = [np.mean([held[i] @ held[i + lag] for i in range(h - lag)]) for lag in range(h)]
+    used = []
+    while len(used) + 1 <= h / 2 and g[len(used)] + g[len(used) + 1] > 0:
+        used += [len(used), len(used) + 1]
+    v = 0.0
+    for _ in range(500):
+        gamma = [g[lag] + v if lag in used else 0.0 for lag in range(h)]
+        v = max(0.0, sum(gamma[abs(i - j)] for i in range(h) for j in range(h)) / h**2)
+    rho = (np.array(g) + v) / (g[0] + v)
+    time = max(1 + 2 * sum(rho[lag] for lag in used if lag), 1 / max(np.log10(n), 1))
+    rho = np.concatenate([rho, np.full(rank - h, np.nan)])
+    return {"n_eff": n / time, "time": time, "autocorrelation": rho}
+
+
+def oracle_captured_variance(iterates, rank):
+    h = min(len(iterates), rank)
+    centred = iterates[-h:] - iterates[-h:].mean(0)
+    variances = (np.linalg.svd(centred, compute_uv=False) ** 2)[: h - 1]
+    variances = np.append(variances, np.zeros(h - 1 - len(variances))) / variances.sum()
+    both = np.trace(oracle.covariance("swag", iterates, rank)) * 2
+    return {
+        "cumulative": np.append(np.cumsum(variances), np.full(rank - h, np.nan)),
+        "effective_dimension": 1 / (variances**2).sum(),
+        "low_rank_share": 1 - np.trace(oracle.covariance("swag_diag", iterates)) / both,
+    }
+
+
+ORACLES = dict(
+    zip(READERS, (oracle_drift, oracle_effective_count, oracle_captured_variance), strict=True)
+)
+
+
+def agree(found, expected, rtol):
+    assert set(expected) == set(found._fields)
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(found, name), value, rtol, 1e-2 * rtol, err_msg=name)
+
+
+# At, before and after the wrap of the ring, of even and odd length.
+COUNTS = (4, 5, 7, 8, 9, 15, 16, 29)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_agree_with_numpy_in_float64(x64, reader):
+    for n, rho in itertools.product(COUNTS, (0.6, -0.8)):
+        iterates = walk(np.random.default_rng(n), n, rho=rho)
+        agree(reader(state_of(iterates)), ORACLES[reader](iterates, H), 1e-9)
+
+
+def test_the_effective_count_of_long_rings_of_few_weights_agrees_with_numpy(x64):
+    """Of which later pairs of autocorrelations are positive again."""
+    for n in (21, 40, 41, 90):
+        iterates = walk(np.random.default_rng(n), n)
+        found = effective_count(state_of(iterates, 41))
+        agree(found, oracle_effective_count(iterates, 41), 1e-6)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_agree_with_numpy_in_float32(reader):
+    for n in COUNTS:
+        iterates = walk(np.random.default_rng(n), n).astype(np.float32).astype(float)
+        agree(reader(state_of(iterates)), ORACLES[reader](iterates, H), 1e-4)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_agree_with_numpy_after_a_run_of_swag(reader):
+    iterates = walk(np.random.default_rng(0), 19).astype(np.float32)
+    tx, zeros = swagjax.swag(H), tree_of(jnp.zeros(11, jnp.float32))
+
+    def collect(state, row):
+        return tx.update(tree_of(row), state, zeros)[1], None
+
+    state = jax.lax.scan(collect, tx.init(zeros), iterates)[0]
+    agree(reader(state), ORACLES[reader](iterates.astype(float), H), 1e-4)
+
+
+def test_over_all_orders_of_the_iterates_the_means_are_exact(x64):
+    """What stands in for independence: mean of ``trend``, ``shift``, ``spread``, spread of ``z``.
+
+    Of iterates of which one is far off, so that nothing is near a normal distribution.
+    """
+    iterates = np.random.default_rng(0).normal(size=(6, 8)) * np.linspace(0.1, 2, 8)
+    iterates[3] += 5
+    rings = np.stack([oracle.ring(iterates[order], 5) for order in orders(6)])
+    state = state_of(iterates, 5)._replace(deviations=tree_of(jnp.asarray(rings)))
+    axes = swagjax.SWAGState(None, None, None, None, None, 0)
+    found = jax.vmap(drift, in_axes=(axes,))(state)
+    np.testing.assert_allclose(found.trend.mean(), 1 / 4)
+    np.testing.assert_allclose(found.expected, 1 / 4)
+    np.testing.assert_allclose(found.shift.mean(), 1)
+    np.testing.assert_allclose(found.spread.mean(), 1)
+    np.testing.assert_allclose([found.z.mean(), found.z.var()], [0, 1], atol=1e-9)
+
+
+# --- known processes, over so many weights that their inner products are exact
+
+
+def test_independent_iterates_of_many_weights(x64):
+    h = 20
+    state = state_of(correlated(0.0, h), h)
+    found, counted, captured = (reader(state) for reader in READERS)
+    np.testing.assert_allclose([found.trend, found.expected], 1 / (h - 1))
+    np.testing.assert_allclose(found.spread, 1)
+    np.testing.assert_allclose([counted.n_eff, counted.time], [h, 1])
+    np.testing.assert_allclose(counted.autocorrelation[1:], 0, atol=1e-12)
+    np.testing.assert_allclose(captured.cumulative, np.arange(1, h) / (h - 1))
+    np.testing.assert_allclose(captured.effective_dimension, h - 1)
+
+
+def test_the_trend_of_correlated_iterates_is_that_of_the_documentation(x64):
+    found = [drift(state_of(correlated(rho, 20), 20)).trend for rho in (0.3, 0.5, 0.7, 0.9)]
+    np.testing.assert_allclose(found, [0.09, 0.14, 0.23, 0.43], atol=0.005)
+
+
+def test_the_trend_of_a_random_walk_is_three_fifths(x64):
+    h = 20
+    found = drift(state_of(correlated(1, h), h)).trend
+    np.testing.assert_allclose(found, 0.6 * (h**2 + 1) / (h**2 - 1))
+
+
+def test_a_random_walk_has_its_variance_in_few_directions(x64):
+    captured = captured_variance(state_of(correlated(1, 20), 20))
+    variances = 1 / np.sin(np.pi * np.arange(1, 20) / 40) ** 2  # 6 / pi^2 / k^2 of a long walk
+    np.testing.assert_allclose(captured.cumulative, np.cumsum(variances) / variances.sum())
+
+
+def test_a_straight_path(x64):
+    path = np.arange(300.0)[:, None] * np.linspace(-1, 1, 27) + 7
+    state = state_of(path, 20)
+    found = drift(state)
+    np.testing.assert_allclose(found.trend, 1)
+    np.testing.assert_allclose(found.shift, 3 * 20, 0.1)
+    assert found.z > 4
+    assert found.spread < 0.01
+    np.testing.assert_allclose(captured_variance(state).cumulative, 1)
+
+
+def test_of_a_random_walk_and_a_straight_path_the_time_is_a_good_part_of_the_ring(x64):
+    walked, straight = correlated(1, 100), np.arange(100.0)[:, None] * np.ones(107)
+    found = [effective_count(state_of(path, 100)).time for path in (walked, straight)]
+    np.testing.assert_allclose(found, [40, 55], atol=3)
+
+
+TIMES = {
+    0.0: (1.0, 1.0, 1.0),
+    0.5: (1.9, 2.6, 2.9),
+    0.7: (2.1, 3.7, 5.2),
+    0.9: (4.0, 6.4, 14.4),
+}  # with 10, 20 and 100 iterates
+
+
+@pytest.mark.parametrize("rho", TIMES)
+def test_the_time_of_correlated_iterates_is_that_of_the_documentation(x64, rho):
+    states = [state_of(correlated(rho, h), h) for h in (10, 20, 100)]
+    found = np.array([effective_count(state).time for state in states])
+    np.testing.assert_allclose(found, TIMES[rho], atol=0.051)
+    assert (found < (1 + rho) / (1 - rho) + 1e-9).all()
+
+
+def test_the_autocorrelations_of_a_long_ring(x64):
+    found = effective_count(state_of(correlated(0.5, 100), 100)).autocorrelation
+    np.testing.assert_allclose(found[:6], 0.5 ** np.arange(6), atol=0.02)
+
+
+def test_iterates_that_alternate_count_as_more_but_not_beyond_the_bound(x64):
+    iterates = (-1.0) ** np.arange(100)[:, None] * np.ones(27)
+    np.testing.assert_allclose(effective_count(state_of(iterates, 20)).n_eff, 100 * np.log10(100))
+    few = effective_count(state_of(iterates[:8], 20))
+    np.testing.assert_allclose(few.n_eff, 8)
+    np.testing.assert_allclose(few.autocorrelation[:8], iterates[:8, 0], atol=1e-9)
+
+
+# --- random draws: fixed keys, and a false alarm at six standard deviations, 2e-9 of a normal
+
+
+def test_a_simulated_process_is_recovered(x64):
+    """AR(1) over 4000 weights: the pooled numbers have relative errors below (2 / 4000)^(1/2)."""
+    h, weights = 20, 4000
+    steps = np.random.default_rng(0).normal(size=(200, weights))
+    for rho in (0.0, 0.5, 0.9):
+        x = np.zeros((100 + h, weights))
+        for i in range(1, len(x)):
+            x[i] = rho * x[i - 1] + steps[i]
+        limit = state_of(correlated(rho, h), h)
+        state = state_of(x[-h:], h)
+        room = 6 * np.sqrt(2 / weights)
+        np.testing.assert_allclose(drift(state).trend, drift(limit).trend, room)
+        rhos = [effective_count(s).autocorrelation[:3] for s in (state, limit)]
+        np.testing.assert_allclose(*rhos, atol=room)
+
+
+def test_z_of_independent_iterates_of_many_weights_is_near_a_normal():
+    """1000 runs over 500 weights. Six standard errors of mean and variance; P(z > 6) = 1e-9."""
+    runs, h, weights = 1000, 10, 500
+    rows = np.random.default_rng(0).normal(size=(runs, h, weights)).astype(np.float32)
+    running = rows - np.cumsum(rows, 1) / np.arange(1, h + 1)[:, None]
+    n = jnp.full(runs, h, jnp.int32)
+    moments = (rows.mean(1), rows.var(1), running)
+    states = swagjax.SWAGState(n[0], n, 0 * n, *map(jnp.asarray, moments))
+    z = np.asarray(jax.vmap(drift, in_axes=(swagjax.member_axes(states),))(states).z)
+    assert abs(z.mean()) < 6 / np.sqrt(runs)
+    assert abs(z.var() - 1) < 6 * np.sqrt(2 / runs)
+    assert z.max() < 6
+
+
+# --- iterates that stand still
+
+
+def test_iterates_that_never_moved():
+    state = state_of(np.full((12, 11), 0.25))
+    assert drift(state).movement == 0
+    assert jnp.isnan(drift(state).trend)
+    assert jnp.isnan(effective_count(state).n_eff)
+    assert jnp.isnan(captured_variance(state).cumulative).all()
+
+
+def test_iterates_that_came_to_a_stop():
+    path = np.minimum(np.arange(60.0), 30)[:, None] * np.linspace(0.5, 1, 11)
+    found = drift(state_of(path))
+    assert found.spread < 1e-9
+    assert found.movement > 0.1
+    assert found.shift > 3
+
+
+def test_a_cluster_far_from_the_mean_keeps_its_digits():
+    """Iterates that lie 10^4 times their spread from theta_SWA: its square has no digits left."""
+    rng = np.random.default_rng(0)
+    iterates = np.concatenate([np.zeros((192, 11)), 100 + 0.01 * rng.normal(size=(8, 11))])
+    iterates = iterates.astype(np.float32).astype(float)
+    state, h = state_of(iterates), H
+    found, expected = drift(state), oracle_drift(iterates, h)
+    np.testing.assert_allclose(found.trend, expected["trend"], 0.02)
+    np.testing.assert_allclose(found.spread, expected["spread"], 0.02)
+    found, expected = effective_count(state), oracle_effective_count(iterates, h)
+    np.testing.assert_allclose(found.autocorrelation, expected["autocorrelation"], atol=0.02)
+
+
+# --- what a state may be
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_cannot_be_read_is_refused(reader):
+    state = state_of(walk(np.random.default_rng(0), 9))
+    with pytest.raises(ValueError, match=r"state is a tuple: give the SWAGState"):
+        reader((state,))
+    for dropped in ({"deviations": None}, {"deviations": None, "variance": None}):
+        with pytest.raises(ValueError, match=r"no deviations .*swag\(rank=20\)"):
+            reader(state._replace(**dropped))
+    with pytest.raises(ValueError, match=r"no deviations or no variance"):
+        reader(state._replace(variance=None))
+    with pytest.raises(ValueError, match=r"rank=3: .* fewer than 4 iterates; .*larger rank"):
+        reader(state_of(walk(np.random.default_rng(0), 9), 3))
+    with pytest.raises(ValueError, match=r"count=3: .* fewer than 4 iterates; train on"):
+        reader(state_of(walk(np.random.default_rng(0), 3)))
+    with pytest.raises(ValueError, match="holds shapes"):
+        reader(jax.eval_shape(lambda: state))
+    with pytest.raises(ValueError, match="several members"):
+        reader(jax.tree.map(lambda x: jnp.stack([x, x]), state))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_inside_jit_too_few_iterates_give_nan_and_enough_the_same(reader):
+    read = jax.jit(reader)
+    state = state_of(walk(np.random.default_rng(0), 9))
+    jax.tree.map(np.testing.assert_array_equal, read(state), reader(state))
+    for n in range(4):
+        few = state_of(walk(np.random.default_rng(0), n)) if n else swagjax.swag(H).init(state.mean)
+        assert all(jnp.isnan(x).all() for x in read(few))
+
+
+@pytest.mark.parametrize("reader", [drift, captured_variance])
+def test_members_side_by_side_are_read_as_each_by_itself(reader):
+    states = [state_of(walk(np.random.default_rng(n), n)) for n in (6, 9)]  # one of them skipped
+    states = [state._replace(step=states[0].step) for state in states]
+    axes = swagjax.member_axes(states[0])
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)._replace(step=states[0].step)
+    found = jax.vmap(reader, in_axes=(axes,))(stacked)
+    for i, state in enumerate(states):
+        one = jax.tree.map(lambda x, i=i: x[i], found)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), one, reader(state))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_state_is_read_as_a_whole_one(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    iterates, n = walk(np.random.default_rng(0), 9, 16), jnp.int32(9)
+
+    def state(put):
+        rows = [iterates.mean(0), iterates.var(0), oracle.ring(iterates, H)]
+        return swagjax.SWAGState(n, n, 0 * n, *[[put(x), put(x[..., :8])] for x in rows])
+
+    def shard(x):
+        spec = P("d") if x.ndim == 1 else P(None, "d")
+        return jax.device_put(jnp.asarray(x, jnp.float32), NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        found = drift(state(shard))
+    expected = drift(state(functools.partial(jnp.asarray, dtype=jnp.float32)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), found, expected)
+
+
+def test_a_ring_of_bfloat16_is_read_in_the_precision_of_the_mean():
+    state = state_of(walk(np.random.default_rng(0), 9))
+
+    def cast(state, dtype):
+        return state._replace(deviations=jax.tree.map(lambda x: x.astype(dtype), state.deviations))
+
+    narrow = cast(state, jnp.bfloat16)
+    wide = cast(narrow, state.mean["rest"][1].dtype)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(same, drift(narrow), drift(wide))
+    for a, b in zip(drift(narrow), drift(state), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.005)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_contractions_ask_for_full_precision(reader):
+    state = state_of(walk(np.random.default_rng(0), 9))
+    lines = jax.jit(reader).lower(state).as_text().splitlines()
+    dots = [line for line in lines if "dot_general" in line]
+    assert dots
+    assert all(line.count("HIGHEST") == 2 for line in dots)
+
+
+def test_no_copy_of_the_ring_is_made():
+    shapes = [(200, 200)] * 6  # too large to be joined
+    like = swagjax.swag(20).init([jnp.zeros(shape) for shape in shapes])
+    memory = jax.jit(drift).lower(like).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.1 * sum(x.nbytes for x in like.mean)  # of 20 in the ring

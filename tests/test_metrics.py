@@ -2,8 +2,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
+import scipy.integrate
+import scipy.special
 import scipy.stats
 import sklearn.metrics
 from hypothesis import given, settings
@@ -392,7 +395,7 @@ def test_wide_labels_are_not_wrapped_around(dtype, label):
 def test_strict_promotion_in_half_precision():
     probs, labels = example()
     probs, labels = jnp.asarray(probs, jnp.bfloat16), jnp.asarray(labels, jnp.uint8)
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         for function in (*PER_LABEL, metrics.reliability):
             function(probs, labels)
         metrics.mutual_information(probs[None])
@@ -583,3 +586,366 @@ def test_bad_scores(position, scores, message):
         metrics.auroc(*arguments)
     if scores.ndim == 1 and scores.size:
         assert np.isnan(jax.jit(metrics.auroc)(*arguments))
+
+
+# Regression. A case is the arguments of a metric: a Gaussian, or with samples a mixture.
+
+GAUSSIAN = (metrics.gaussian_nll, metrics.coverage, metrics.gaussian_crps)
+MIXTURE = (metrics.mixture_nll, metrics.mixture_crps)
+
+
+def regression(seed=0, shape=(61,)):
+    """Means, variances and targets, float32; targets may lie far from what is predicted."""
+    rng = np.random.default_rng(seed)
+    mean, variance = rng.normal(3, 2, shape), rng.gamma(2, 1, shape)
+    targets = rng.normal(3, 4, shape[-1:])
+    return [x.astype(np.float32) for x in (mean, variance, targets)]
+
+
+def mixture(seed=0):
+    return regression(seed, (5, 23))
+
+
+def case(metric):
+    return mixture() if metric in MIXTURE else regression()
+
+
+def wide(arrays):
+    return [np.asarray(x, np.float64) for x in arrays]
+
+
+def crps_oracle(cdf, target, spread):
+    """The definition, integrated numerically on both sides of the target."""
+    left, _ = scipy.integrate.quad(lambda x: cdf(x) ** 2, target - spread, target, limit=200)
+    right, _ = scipy.integrate.quad(lambda x: (1 - cdf(x)) ** 2, target, target + spread, limit=200)
+    return left + right
+
+
+def test_rmse():
+    predictions, _, targets = regression()
+    expected = sklearn.metrics.root_mean_squared_error(*wide((targets, predictions)))
+    np.testing.assert_allclose(metrics.rmse(predictions, targets), expected, rtol=1e-6)
+
+
+def test_gaussian_nll():
+    mean, variance, targets = regression()
+    expected = -scipy.stats.norm.logpdf(*wide((targets, mean)), np.sqrt(variance.astype(float)))
+    value = metrics.gaussian_nll(mean, variance, targets)
+    np.testing.assert_allclose(value, expected.mean(), rtol=1e-6)
+
+
+def test_mixture_nll():
+    means, variances, targets = mixture()
+    density = scipy.stats.norm.pdf(targets.astype(float), means, np.sqrt(variances)).mean(0)
+    expected = -np.log(density).mean()
+    np.testing.assert_allclose(metrics.mixture_nll(means, variances, targets), expected, rtol=2e-6)
+
+
+def test_mixture_nll_of_densities_that_underflow():
+    value = metrics.mixture_nll(np.zeros((4, 1)), 1.0, np.array([100.0]))
+    np.testing.assert_allclose(value, 5000 + math.log(2 * math.pi) / 2, rtol=1e-6)
+
+
+def test_moment_match():
+    means, variances, _ = mixture()
+    result = metrics.moment_match(means, variances)
+    second = variances.astype(float) + means.astype(float) ** 2
+    expected = means.astype(float).mean(0)
+    np.testing.assert_allclose(result.mean, expected, rtol=1e-6)
+    np.testing.assert_allclose(result.variance, second.mean(0) - expected**2, rtol=1e-5)
+
+
+def test_moments_of_a_mixture_against_numerical_integration():
+    means, variances = np.array([[-1.0], [2.0], [0.5]]), np.array([[0.3], [1.0], [0.2]])
+    density = lambda x: scipy.stats.norm.pdf(x, means, np.sqrt(variances)).mean()  # noqa: E731
+    mean, _ = scipy.integrate.quad(lambda x: x * density(x), -20, 20, limit=200)
+    variance, _ = scipy.integrate.quad(lambda x: (x - mean) ** 2 * density(x), -20, 20, limit=200)
+    np.testing.assert_allclose(metrics.moment_match(means, variances), [[mean], [variance]], 1e-5)
+
+
+def test_regression_the_spread_of_large_and_close_means_keeps_its_digits():
+    """In float32, E[m^2] - E[m]^2 of these is noise, and the rounded mean itself is off."""
+    means = np.float32(20_000) + np.array([[0.0], [1.0], [1.0]], np.float32) / 256
+    result = metrics.moment_match(means, np.float32(1e-12))
+    np.testing.assert_allclose(result.variance, [2 / 9 / 256**2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.05, 0.5, 0.95, 0.999])
+def test_coverage_and_width(level):
+    mean, variance, targets = regression(1, (400,))
+    low, high = scipy.stats.norm.interval(level, mean.astype(float), np.sqrt(variance))
+    inside = (low <= targets) & (targets <= high)
+    value = metrics.coverage(mean, variance, targets, level=level)
+    np.testing.assert_allclose(value, inside.mean(), rtol=1e-6)
+    width = metrics.interval_width(variance, level=level)
+    np.testing.assert_allclose(width, (high - low).mean(), rtol=1e-6)
+
+
+def test_calibrated_predictions_are_covered_at_their_level():
+    """5 sigma of a binomial share: a false alarm in 2e6."""
+    rng = np.random.default_rng(0)
+    mean, variance = rng.normal(size=100_000), rng.gamma(2, 1, 100_000)
+    targets = rng.normal(mean, np.sqrt(variance))
+    value = metrics.coverage(mean, variance, targets, level=0.9)
+    assert abs(float(value) - 0.9) < 5 * math.sqrt(0.09 / 100_000)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gaussian_crps_against_numerical_integration(seed):
+    arrays = regression(seed, (9,))
+    expected = [
+        crps_oracle(lambda x, m=m, v=v: scipy.special.ndtr((x - m) / math.sqrt(v)), y, 60)
+        for m, v, y in zip(*wide(arrays), strict=True)
+    ]
+    np.testing.assert_allclose(metrics.gaussian_crps(*arrays), np.mean(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixture_crps_against_numerical_integration(seed):
+    means, variances, targets = wide(regression(seed, (4, 5)))
+    sd = np.sqrt(variances)
+    expected = [
+        crps_oracle(lambda x, i=i: scipy.special.ndtr((x - means[:, i]) / sd[:, i]).mean(), y, 60)
+        for i, y in enumerate(targets)
+    ]
+    value = metrics.mixture_crps(means, variances, targets)
+    np.testing.assert_allclose(value, np.mean(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("of_mixture", "of_gaussian"),
+    [
+        (metrics.mixture_nll, metrics.gaussian_nll),
+        (metrics.mixture_crps, metrics.gaussian_crps),
+    ],
+)
+def test_a_mixture_of_equals_is_a_gaussian(of_mixture, of_gaussian):
+    mean, variance, targets = regression()
+    expected = of_gaussian(mean, variance, targets)
+    means, variances = (np.stack([x] * 3) for x in (mean, variance))
+    np.testing.assert_allclose(of_mixture(means, variances, targets), expected, rtol=1e-6)
+
+
+def test_crps_is_the_absolute_error_of_what_is_certain():
+    mean, _, targets = regression()
+    expected = np.abs(wide([targets - mean])).mean()
+    for crps, m in ((metrics.gaussian_crps, mean), (metrics.mixture_crps, mean[None])):
+        np.testing.assert_allclose(crps(m, 1e-12, targets), expected, rtol=1e-6)
+
+
+def test_crps_of_many_samples_is_that_of_their_distribution():
+    """Means drawn from N(0, 3), noise 1: N(0, 4) in the limit. 6 sigma, seen from other keys."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(0, math.sqrt(3), (1000, 40))
+    targets = np.linspace(-4, 4, 40)
+    expected = metrics.gaussian_crps(np.zeros(40), 4.0, targets)
+    np.testing.assert_allclose(metrics.mixture_crps(means, 1.0, targets), expected, atol=0.02)
+
+
+def test_regression_mixture_crps_compares_all_pairs_in_the_memory_of_one():
+    """30 samples of 5000 examples: all pairs at once would take 18 MB of float32 an array."""
+    means, variances, targets = regression(0, (30, 5000))
+
+    def temporary(function):
+        compiled = jax.jit(function).lower(means, variances, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(metrics.mixture_crps) < 8 * means.nbytes
+    assert temporary(jax.grad(metrics.mixture_crps)) < 16 * means.nbytes
+
+
+# What they share.
+
+
+@pytest.mark.parametrize("metric", [*GAUSSIAN, *MIXTURE])
+def test_regression_metrics_are_means_over_all_axes(metric):
+    mean, variance, targets = case(metric)
+    value = metric(mean, variance, targets)
+    assert value.shape == ()
+    twice = [np.stack([x, x], -1) for x in (mean, variance, targets)]
+    np.testing.assert_allclose(metric(*twice), value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", [*GAUSSIAN, *MIXTURE])
+def test_one_variance_for_all(metric):
+    mean, _, targets = case(metric)
+    expected = metric(mean, np.full_like(mean, 0.7), targets)
+    np.testing.assert_allclose(metric(mean, 0.7, targets), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(metric)(mean, 0.7, targets), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", [*GAUSSIAN, *MIXTURE])
+def test_jit_and_vmap_of_the_regression_metrics_equal_eager(metric):
+    make = mixture if metric in MIXTURE else regression
+    cases = [make(seed) for seed in range(3)]
+    expected = [metric(*c) for c in cases]
+    stacked = [np.stack(x) for x in zip(*cases, strict=True)]
+    np.testing.assert_allclose(jax.vmap(metric)(*stacked), expected, rtol=2e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(metric))(*stacked), expected, rtol=2e-6)
+
+
+def test_jit_of_the_other_regression_metrics_equals_eager():
+    means, variances, _ = mixture()
+    mean, variance, targets = regression()
+    np.testing.assert_allclose(
+        jax.jit(metrics.rmse)(mean, targets), metrics.rmse(mean, targets), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        jax.jit(metrics.interval_width)(variance), metrics.interval_width(variance), rtol=1e-6
+    )
+    for ours, eager in zip(
+        jax.jit(metrics.moment_match)(means, variances),
+        metrics.moment_match(means, variances),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, eager, rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", MIXTURE)
+def test_gradients_against_differences(metric):
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in wide(case(metric))]
+        jax.test_util.check_grads(lambda m, v: metric(m, v, arrays[2]), arrays[:2], 1, ["rev"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_regression_is_computed_in_float32(dtype):
+    for metric in (*GAUSSIAN, *MIXTURE):
+        half = [jnp.asarray(x, dtype) for x in case(metric)]
+        value = metric(*half)
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, metric(*(x.astype(jnp.float32) for x in half)), 1e-7)
+    mean, variance, targets = (jnp.asarray(x, dtype) for x in regression())
+    others = metrics.rmse(mean, targets), metrics.interval_width(variance)
+    others += tuple(metrics.moment_match(mean, variance))
+    assert [x.dtype for x in others] == [jnp.float32] * 4
+
+
+def test_regression_in_mixed_precision_under_strict_promotion():
+    """Targets are integers or float64: the widest dtype is that of the metric."""
+    strict = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
+    with jax.enable_x64(True), strict[0], strict[1]:
+        for metric in (metrics.gaussian_nll, metrics.mixture_crps):
+            mean, variance, targets = case(metric)
+            assert metric(mean, np.float16(1), targets.astype(int)).dtype == "float32"
+            assert metric(mean, variance, targets.astype(float)).dtype == "float64"
+        mean, variance, targets = regression()
+        assert metrics.rmse(mean, targets.astype(float)).dtype == "float64"
+        assert metrics.interval_width(variance).dtype == "float32"
+        assert metrics.moment_match(mean, variance.astype(float)).mean.dtype == "float64"
+
+
+# What cannot be scored.
+
+
+@pytest.mark.parametrize("function", [metrics.rmse, *GAUSSIAN])
+def test_regression_a_column_against_a_row_is_an_error(function):
+    """(N, 1) against (N,) broadcasts to all pairs of examples: the classic mistake."""
+    mean, variance, targets = regression()
+    rest = () if function is metrics.rmse else (variance,)
+    name = "predictions" if function is metrics.rmse else "mean"
+    columns = [x[:, None] for x in (mean, *rest)]
+    for call in (function, jax.jit(function)):
+        with pytest.raises(
+            ValueError, match=rf"targets has shape \(61,\) and {name} \(61, 1\).*re"
+        ):
+            call(*columns, targets)
+        with pytest.raises(ValueError, match=r"targets has shape \(61, 1\) .*nothing is broadcast"):
+            call(mean, *rest, targets[:, None])
+        with pytest.raises(ValueError, match=r"targets has shape \(\)"):
+            call(mean, *rest, 0.0)
+    with pytest.raises(ValueError, match=r"axis of samples is for mixture_nll"):
+        function(*(np.stack([x, x]) for x in (mean, *rest)), targets)
+
+
+@pytest.mark.parametrize("metric", MIXTURE)
+def test_regression_mixtures_do_not_broadcast_either(metric):
+    means, variances, targets = mixture()
+    message = r"targets has shape {} and means \(5, 23{}\).*less its first axis, \(23{}\)"
+    with pytest.raises(ValueError, match=message.format(r"\(23,\)", ", 1", ", 1")):
+        metric(means[..., None], variances[..., None], targets)
+    with pytest.raises(ValueError, match=message.format(r"\(23, 1\)", "", ",")):
+        metric(means, variances, targets[:, None])
+    with pytest.raises(ValueError, match=r"means \(23, 5\).*samples come first"):
+        metric(means.T, variances.T, targets)
+    with pytest.raises(ValueError, match=r"means has shape \(\), but needs an axis of samples"):
+        metric(0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("function", [*GAUSSIAN, *MIXTURE, metrics.moment_match])
+def test_variances_that_do_not_fit(function):
+    mixed = function in (*MIXTURE, metrics.moment_match)
+    mean, variance, targets = mixture() if mixed else regression()
+    rest = () if function is metrics.moment_match else (targets,)
+    name = "variances" if mixed else "variance"
+    for wrong in (variance[..., :1], variance[..., None], variance[:1]):
+        with pytest.raises(ValueError, match=rf"^{name} has shape .*or {name} be a scalar"):
+            function(mean, wrong, *rest)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, np.nan, np.inf])
+@pytest.mark.parametrize("metric", [*GAUSSIAN, *MIXTURE])
+def test_a_variance_that_is_none(metric, value):
+    mean, variance, targets = case(metric)
+    variance[..., 3] = value
+    message = rf"variances? holds the value {value:g}, but must be (positive|finite)"
+    with pytest.raises(ValueError, match=message):
+        metric(mean, variance, targets)
+    assert np.isnan(jax.jit(metric)(mean, variance, targets))
+    if metric is metrics.coverage:  # once for the others of the family
+        with pytest.raises(ValueError, match=message):
+            metrics.interval_width(variance)
+        assert np.isnan(jax.jit(metrics.interval_width)(variance))
+        pair = mean[None], variance[None]
+        with pytest.raises(ValueError, match=message):
+            metrics.moment_match(*pair)
+        for moment in jax.jit(metrics.moment_match)(*pair):
+            np.testing.assert_array_equal(np.isnan(moment), np.arange(61) == 3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("position", [0, 2])
+@pytest.mark.parametrize("metric", [*GAUSSIAN, *MIXTURE])
+def test_values_that_are_not_finite(metric, position, value):
+    arrays = case(metric)
+    arrays[position][..., 3] = value
+    name = "targets" if position else "means?"
+    with pytest.raises(ValueError, match=rf"{name} holds the value {value:g}, but must be finite"):
+        metric(*arrays)
+    assert np.isnan(jax.jit(metric)(*arrays))
+    if metric is metrics.coverage:
+        pair = arrays[0], arrays[2]
+        name = "targets" if position else "predictions"
+        with pytest.raises(ValueError, match=rf"{name} holds the value {value:g}"):
+            metrics.rmse(*pair)
+        assert np.isnan(jax.jit(metrics.rmse)(*pair))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_empty_predictions(shape):
+    empty = np.ones(shape, np.float32)
+    calls = [lambda m=m: m(empty, empty, empty) for m in (*GAUSSIAN, *MIXTURE)]
+    calls += [lambda: metrics.rmse(empty, empty), lambda: metrics.moment_match(empty, empty)]
+    for call in [*calls, lambda: metrics.interval_width(empty)]:
+        with pytest.raises(ValueError, match=r"has shape .*at least one example"):
+            call()
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.5, 95, np.nan, None, "0.95", True])
+def test_a_level_that_is_no_probability(level):
+    mean, variance, targets = regression()
+    with pytest.raises(ValueError, match=rf"level is {level!r}, but must be a number above 0"):
+        metrics.coverage(mean, variance, targets, level=level)
+    with pytest.raises(ValueError, match=r"level is .*static under jit"):
+        metrics.interval_width(variance, level=level)
+    metrics.interval_width(variance, level=np.float32(0.5))
+
+
+def test_constants_of_regression_inside_jit_are_checked():
+    mean, variance, targets = (jnp.asarray(x) for x in regression())
+    negative = -variance
+    with pytest.raises(ValueError, match="variance holds the value -"):
+        jax.jit(lambda m: metrics.gaussian_nll(m, negative, targets))(mean)
+    expected = metrics.gaussian_nll(mean, variance, targets)
+    value = jax.jit(lambda m: metrics.gaussian_nll(m, variance, targets))(mean)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)

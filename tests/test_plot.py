@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+import swagjax
 from swagjax import metrics
-from swagjax.plot import entropy_histograms, reliability_diagram
+from swagjax.plot import (
+    autocorrelation,
+    captured_variance,
+    entropy_histograms,
+    reliability_diagram,
+)
 
 CONFIDENCE = np.array([0.3, np.nan, 0.7, 1.0])
 ACCURACY = np.array([0.4, np.nan, 0.6, 0.95])
@@ -19,7 +25,7 @@ COUNT = np.array([10, 0, 30, 60])
 
 
 def curves(ax):
-    return [line for line in ax.lines if line.get_gid() == "reliability"]
+    return [line for line in ax.lines if line.get_gid() == "curve"]
 
 
 def references(ax):
@@ -155,8 +161,18 @@ def draw_entropies(ax=None):
     return entropy_histograms([0.1, 0.2], [0.6, 0.5], ax=ax)
 
 
-@pytest.mark.parametrize("draw", [draw_reliability, draw_entropies])
-class TestBoth:
+def draw_autocorrelation(ax=None):
+    return autocorrelation([1.0, 0.4, -0.1], ax=ax, label="every epoch")
+
+
+def draw_captured_variance(ax=None):
+    return captured_variance([0.6, 0.9, 1.0], ax=ax, label="SWAG")
+
+
+@pytest.mark.parametrize(
+    "draw", [draw_reliability, draw_entropies, draw_autocorrelation, draw_captured_variance]
+)
+class TestAll:
     def test_the_legend_covers_neither_data_nor_label(self, draw):
         axes, legend, label = boxes(draw())
         assert legend.y1 <= label.y0
@@ -264,3 +280,76 @@ def test_bad_numbers():
         entropy_histograms([0.1], [0.1], num_bins=0)
     with pytest.raises(ValueError, match="num_classes is 1, but must be 2 or more"):
         entropy_histograms([0.1], [0.1], num_classes=1)
+
+
+def test_autocorrelations_stand_at_their_lags_over_the_line_of_zero():
+    ax = autocorrelation([1.0, 0.5, -0.2, np.nan])
+    (curve,), (zero,) = curves(ax), references(ax)
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 1], [1, 0.5], [2, -0.2]])
+    assert list(zero.get_ydata()) == [0, 0]
+    assert ax.get_xlabel() == "lag (collections)"
+    assert ax.get_ylabel().startswith("autocorrelation")
+    assert ax.get_title() == "Autocorrelation of the iterates"
+
+
+def test_captured_variance_starts_from_nothing_beside_the_line_of_equal_variances():
+    ax = captured_variance([0.5, 0.8, 1.0, np.nan])
+    (curve,), (equal,) = curves(ax), references(ax)
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 0], [1, 0.5], [2, 0.8], [3, 1]])
+    np.testing.assert_allclose(equal.get_xydata(), [[0, 0], [3, 1]])
+    assert ax.get_xlabel() == "number of principal directions"
+    assert ax.get_ylabel() == "share of the iterates' variance"
+    assert ax.get_title() == "Variance captured by the first directions"
+    assert ax.get_legend() is None  # nothing is named
+
+
+def test_each_number_of_directions_has_one_line_and_all_of_them_one_name():
+    ax = None
+    for shares in ([0.5, 1.0], [0.9, 1.0], [0.4, 0.8, 1.0]):
+        ax = captured_variance(shares, ax=ax, label=str(shares[0]))
+    assert [line.get_xdata()[-1] for line in references(ax)] == [2, 3]
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["equal variance in all directions", "0.5", "0.9", "0.4"]
+
+
+@pytest.mark.parametrize("draw", [autocorrelation, captured_variance])
+def test_runs_differ_in_style_and_keywords_replace_it(draw):
+    ax = draw([1.0, 1.0], label="first")
+    draw([1.0, 1.0], ax=ax, label="second")
+    draw([1.0, 1.0], ax=ax, c="red", ls=":")
+    first, second, third = curves(ax)
+    assert first.get_color() != second.get_color()
+    assert first.get_linestyle() != second.get_linestyle()
+    assert first.get_marker() != second.get_marker()
+    assert (third.get_color(), third.get_linestyle()) == ("red", ":")
+    assert len(references(ax)) == 1
+    ax.figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+def test_takes_what_diagnostics_returns():
+    ring = jnp.eye(6)[:, :5] * jnp.arange(1.0, 6)
+    n, mean = jnp.int32(5), jnp.ones(5)
+    state = swagjax.SWAGState(n, n, 0 * n, mean, mean, ring)
+    counted = swagjax.diagnostics.effective_count(state)
+    held = swagjax.diagnostics.captured_variance(state)
+    (curve,) = curves(autocorrelation(counted.autocorrelation))
+    np.testing.assert_allclose(curve.get_ydata(), counted.autocorrelation[:5])
+    (curve,) = curves(captured_variance(held.cumulative))
+    np.testing.assert_allclose(curve.get_ydata()[1:], held.cumulative[:4])
+
+
+@pytest.mark.parametrize("draw", [autocorrelation, captured_variance])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[1.0]], r"shape \(1, 1\) and 1 finite"),
+        (1.0, r"shape \(\)"),
+        ([np.nan, np.nan], "0 finite"),
+        ([], r"shape \(0,\) and 0 finite"),
+    ],
+)
+def test_rows_that_are_none(draw, values, message):
+    with pytest.raises(ValueError, match=message + r".*one-dimensional.*of one diagnostics\."):
+        draw(values)
+    assert not plt.get_fignums()
