@@ -15,6 +15,7 @@ from benchmarks.speed.results import Figure
 from benchmarks.speed.workloads import Workload
 
 MEMBERS = 4
+_TIMES = 30  # collections in one program
 _PAIRS = 5  # of steps in a round, for a difference of two per cent
 _NEVER = 1 << 30  # no step of a figure gets there
 _TABLE = 128  # bytes for each leaf: the branch's own table of buffers
@@ -47,31 +48,38 @@ def idle(setting: Setting) -> Iterator[Figure]:
 
 
 def collect(setting: Setting) -> Iterator[Figure]:
-    """The end of a train step that collects, beside the numbers that the collection moves."""
+    """The end of a train step that collects, beside the numbers that the collection moves.
+
+    As a program of its own; and, as in a train step, inside one that has been launched already.
+    """
     step = workloads.collector(swagjax.swag(setting.rank))
     carry = workloads.state(setting.workload, setting.rank)
+    inside = measure.carried(_many(step), jax.tree.map(jnp.copy, carry), _small(carry[0]))
     updates = _small(carry[0])
     size = workloads.parameters(setting.workload)
     temporary = programs.temporary_bytes(step.lower(carry, updates).compile())
     actions = {
         "launch": _launch(carry),
-        "ours": measure.carried(step, carry, updates),
+        "called": measure.carried(step, carry, updates),
+        "inside": measure.scaled(inside, 1 / _TIMES),
         "floor": machine.moving(9 * size),
     }
     seconds = measure.interleave(actions | peer_actions(setting, "collect"), setting.rounds)
-    launch = measure.summary(seconds.pop("launch"))
-    yield Figure(
-        name="collect",
-        workload=setting.name,
-        ours=seconds.pop("ours"),
-        floor=seconds.pop("floor"),
-        floor_is="9 P floats moved in place; ours writes the new parameters as well",
-        target=1.3,
-        peers=seconds,
-        ahead=20 if setting.name == "resnet18" else None,
-        checks={"no copy of the parameters": temporary < machine.FLOAT * size / 2},
-        details={"temporary_bytes": temporary, "parameters": size, "launch": launch},
-    )
+    launch, floor = measure.summary(seconds.pop("launch")), seconds.pop("floor")
+    ours = {"collect": seconds.pop("called"), "collect, in a loop": seconds.pop("inside")}
+    for name, values in ours.items():
+        yield Figure(
+            name=name,
+            workload=setting.name,
+            ours=values,
+            floor=floor,
+            floor_is="9 P floats moved in place; ours writes the new parameters as well",
+            target=1.3,
+            peers=seconds,
+            ahead=20 if setting.name == "resnet18" else 1,
+            checks={"no copy of the parameters": temporary < machine.FLOAT * size / 2},
+            details={"temporary_bytes": temporary, "parameters": size, "launch": launch},
+        )
 
 
 def members(setting: Setting) -> Iterator[Figure]:
@@ -130,6 +138,16 @@ def first_carry(workload: Workload, tx: optax.GradientTransformation) -> Any:
     """What the first step takes: parameters, BatchNorm statistics, state of the optimizer."""
     params = workloads.random_params(workload)
     return params, workloads.batch_stats(workload), jax.jit(tx.init)(params)
+
+
+def _many(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step ``_TIMES`` times over in one program: without what a launch costs."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def steps(carry: Any, updates: Any) -> Any:
+        return jax.lax.fori_loop(0, _TIMES, lambda _, carry: step(carry, updates), carry)
+
+    return steps
 
 
 def _launch(carry: Any) -> measure.Action:
