@@ -48,9 +48,9 @@ def train(
     """Train one network a seed, from the last good checkpoint in ``folder`` if there is one."""
     steps = len(part.labels) // options.batch_size
     tx = optimizer(options, steps)
-    init = _init(model, tx, part.images[:1])
+    init = initialiser(model, tx, part.images[:1])
     members = [init(key(seed, INIT)) for seed in range(options.seeds)]
-    run_epoch = _runner(model, tx, part, options, steps)
+    run_epoch = runner(model, tx, part, options, steps)
     first, members = _restore(folder, members)
     with _checkpoints(folder) as manager, _progress(options) as show:
         for epoch in range(first, options.epochs):
@@ -59,6 +59,33 @@ def train(
             if (epoch + 1) % options.checkpoint_every == 0 or epoch + 1 == options.epochs:
                 checkpoint.save(manager, epoch + 1, members)
     return members
+
+
+def initialiser(model: nn.Module, tx: Any, images: np.ndarray) -> Callable[[jax.Array], Member]:
+    """A function from a key to a member with fresh weights."""
+
+    @jax.jit
+    def init(key: jax.Array) -> Member:
+        variables = model.init(key, images)
+        params = variables["params"]
+        return Member(params, variables.get("batch_stats", {}), tx.init(params))
+
+    return init
+
+
+def runner(model: nn.Module, tx: Any, part: Part, options: Training, steps: int) -> Runner:
+    """A function that trains all members for an epoch, in the order that is faster here."""
+    step = _step(model, tx, _augmentation(options.augment), options.batch_size)
+    form = _one_by_one if jax.default_backend() == "cpu" else _side_by_side
+    epoch_of_members = form(step, steps)
+    data = jax.device_put(part)
+
+    def run(epoch: int, members: list[Member]) -> tuple[list[Member], float]:
+        keys = [jax.random.fold_in(key(i, TRAIN), epoch) for i in range(len(members))]
+        members, losses = epoch_of_members(members, keys, data)
+        return members, float(np.mean(losses))
+
+    return run
 
 
 def check(options: Training, images: int) -> None:
@@ -107,31 +134,6 @@ def identity(options: Training) -> dict[str, Any]:
 def key(seed: int, purpose: int) -> jax.Array:
     """The random key of a seed for one of INIT, TRAIN and PREDICT."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
-
-
-def _init(model: nn.Module, tx: Any, images: np.ndarray) -> Callable[[jax.Array], Member]:
-    @jax.jit
-    def init(key: jax.Array) -> Member:
-        variables = model.init(key, images)
-        params = variables["params"]
-        return Member(params, variables.get("batch_stats", {}), tx.init(params))
-
-    return init
-
-
-def _runner(model: nn.Module, tx: Any, part: Part, options: Training, steps: int) -> Runner:
-    """An epoch of all members, in the order that is faster on this machine."""
-    step = _step(model, tx, _augmentation(options.augment), options.batch_size)
-    form = _one_by_one if jax.default_backend() == "cpu" else _side_by_side
-    epoch_of_members = form(step, steps)
-    data = jax.device_put(part)
-
-    def run(epoch: int, members: list[Member]) -> tuple[list[Member], float]:
-        keys = [jax.random.fold_in(key(i, TRAIN), epoch) for i in range(len(members))]
-        members, losses = epoch_of_members(members, keys, data)
-        return members, float(np.mean(losses))
-
-    return run
 
 
 def _step(model: nn.Module, tx: Any, augment: Callable, batch_size: int) -> Callable:

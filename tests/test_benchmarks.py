@@ -120,7 +120,7 @@ def digits():
 def test_members_side_by_side_equal_members_one_by_one(digits):
     chosen, model = tiny_options(), models.ConvNet(5, widths=(4, 4))
     tx = methods.averaged_sgd(chosen, 4)
-    init = training._init(model, tx, digits.images[:1])
+    init = training.initialiser(model, tx, digits.images[:1])
     step = training._step(model, tx, training._augmentation(("shift", "noise")), 16)
     keys = [jax.random.key(seed) for seed in range(2)]
     ways = []
@@ -174,7 +174,7 @@ def test_regression_statistics_are_refreshed_on_images_without_augmentation(monk
     method = methods.METHODS["SWA"]
     steps = len(task.train.labels) // chosen.batch_size
     tx = method.optimizer(chosen, steps)
-    member = training._init(model, tx, task.train.images[:1])(jax.random.key(0))
+    member = training.initialiser(model, tx, task.train.images[:1])(jax.random.key(0))
     params = member.params
     for _ in range(2 * steps):
         opt_state = tx.update(params, member.opt_state, params)[1]

@@ -56,8 +56,8 @@ def _epoch(setting: Setting, part: data.Part, augment: tuple[str, ...]) -> measu
         chosen, batch_size=setting.workload.batch, rank=setting.rank, augment=augment, start=1
     )
     tx, model = methods.averaged_sgd(chosen, _STEPS), setting.workload.model
-    run = experiments._runner(model, tx, part, chosen, _STEPS)
-    member = experiments._init(model, tx, part.images[:1])(jax.random.key(0))
+    run = experiments.runner(model, tx, part, chosen, _STEPS)
+    member = experiments.initialiser(model, tx, part.images[:1])(jax.random.key(0))
     return measure.carried(lambda members: run(2, members)[0], [member])
 
 
