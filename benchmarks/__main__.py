@@ -13,6 +13,8 @@ from typing import Any
 import tyro
 
 from benchmarks.experiments.classify import Classify, classify
+from benchmarks.experiments.gap import Gap, gap
+from benchmarks.experiments.uci import Uci, uci
 from benchmarks.options import UsageError
 from benchmarks.speed.command import Speed, speed
 
@@ -40,7 +42,7 @@ def publish(options: Publish) -> None:
     report.README.write_text(report.with_table(report.README.read_text(), options.name, content))
 
 
-COMMANDS = {Classify: classify, Speed: speed, Publish: publish}
+COMMANDS = {Classify: classify, Uci: uci, Gap: gap, Speed: speed, Publish: publish}
 
 
 def main(args: Sequence[str] | None = None) -> int:

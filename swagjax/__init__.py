@@ -1,6 +1,6 @@
 """SWAG posteriors over neural-network weights, as an optax gradient transformation."""
 
-from swagjax import batch_stats, calibration, diagnostics, metrics, schedules, sharding
+from swagjax import batch_stats, calibration, diagnostics, ensemble, metrics, schedules, sharding
 from swagjax.averaging import predict, predict_batches, predict_log, predict_samples
 from swagjax.merging import merge
 from swagjax.posterior import (
@@ -20,6 +20,7 @@ __all__ = [
     "batch_stats",
     "calibration",
     "diagnostics",
+    "ensemble",
     "entropy",
     "from_noise",
     "get_state",

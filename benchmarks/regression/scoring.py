@@ -1,0 +1,107 @@
+"""The final trainings, and every metric of every method on the test rows of every split."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.regression import training
+from benchmarks.regression.data import Parts
+from benchmarks.regression.methods import METHODS, Draw, outputs
+from benchmarks.regression.stages import Stage
+from benchmarks.regression.training import Plan
+from benchmarks.regression.tuning import Choice, shortened
+from swagjax import metrics
+
+METRICS = ("RMSE", "NLL", "mixture", "CRPS", "coverage", "width")  # mixture: its NLL
+Scores = dict[str, dict[str, list[float]]]  # method -> metric -> one value a split
+
+
+def scores(
+    chosen: Mapping[str, list[Choice]], members: int, plan: Plan, parts: Parts, stage: Stage
+) -> Scores:
+    """Train on the whole train parts with what was chosen, and score on the test parts.
+
+    Methods that chose the same of one algorithm share the trainings of it.
+    """
+    groups: dict[Any, list[str]] = {}
+    for name, choices in chosen.items():
+        settings = tuple((choice.hyper, choice.epochs) for choice in choices)
+        groups.setdefault((METHODS[name].algorithm, settings), []).append(name)
+    done: Scores = {}
+    for names in groups.values():
+        of_group = {name: chosen[name] for name in names}
+        done |= stage("final, " + ", ".join(names), partial(_group, of_group, members, plan, parts))
+    return {name: done[name] for name in chosen}
+
+
+def _group(
+    chosen: Mapping[str, list[Choice]], members: int, plan: Plan, parts: Parts
+) -> dict[str, dict[str, list[float]]]:
+    first = next(iter(chosen))
+    algorithm, choices = METHODS[first].algorithm, chosen[first]
+    members = members if any(METHODS[name].ensemble for name in chosen) else 1
+    test_x = jnp.asarray(parts.test_x)
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in chosen}
+    for epochs in sorted({choice.epochs for choice in choices}):
+        splits = [i for i, choice in enumerate(choices) if choice.epochs == epochs]
+        runs = training.runs([(i, choices[i].hyper) for i in splits], members)
+        of_length = shortened(plan, parts, epochs)
+        trained = training.train(", ".join(chosen), algorithm(of_length), of_length, parts, runs)
+        by_split = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, members, *leaf.shape[1:]), (runs, trained)
+        )
+        for name in chosen:
+            used = members if METHODS[name].ensemble else 1
+            own = jax.tree.map(lambda leaf, used=used: leaf[:, :used], by_split)
+            scales = jnp.array([chosen[name][i].scale for i in splits])
+            drawn = _outputs(METHODS[name].draw, plan.num_samples, test_x, own, scales)
+            for i, means, variances in zip(splits, *jax.device_get(drawn), strict=True):
+                found[name][i] = _metrics(means, variances * chosen[name][i].noise, parts, i)
+    return {
+        name: {metric: [of[i][metric] for i in sorted(of)] for metric in of[0]}
+        for name, of in found.items()
+    }
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # SWAG at any scale is one program
+def _outputs(
+    draw: Draw, num_samples: int, test_x: jax.Array, by_split: Any, scales: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Means and variances ``(splits, S, M)`` of the standardised targets, padding included."""
+
+    def of_split(one: Any) -> Any:
+        (runs, members), scale = one
+        keys = jax.vmap(training.key, (0, 0, None))(runs.member, runs.split, training.PREDICT)
+        return outputs(draw, num_samples, keys, members, runs.hyper, scale, test_x[runs.split[0]])
+
+    return jax.lax.map(of_split, (by_split, scales))
+
+
+def _metrics(
+    means: np.ndarray, variances: np.ndarray, parts: Parts, split: int
+) -> dict[str, float]:
+    """Every metric of one split, in the units of the targets."""
+    rows, std = parts.test_rows[split], float(parts.y_std[split])
+    values = _standardised(means[:, :rows], variances[:, :rows], parts.test_y[split, :rows])
+    found = dict(zip(METRICS, map(float, values), strict=True))
+    lengths = {name: found[name] * std for name in ("RMSE", "CRPS", "width")}
+    densities = {name: found[name] + math.log(std) for name in ("NLL", "mixture")}
+    return found | lengths | densities | {"standardised NLL": found["NLL"]}
+
+
+@jax.jit  # where a training diverged the scores are NaN: the metrics raise outside jit alone
+def _standardised(means: jax.Array, variances: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+    mean, variance = metrics.moment_match(means, variances)
+    return (
+        metrics.rmse(mean, y),
+        metrics.gaussian_nll(mean, variance, y),
+        metrics.mixture_nll(means, variances, y),
+        metrics.mixture_crps(means, variances, y),
+        metrics.coverage(mean, variance, y),
+        metrics.interval_width(variance),
+    )
