@@ -29,6 +29,7 @@ from benchmarks.regression import (
     training,
     tuning,
 )
+from swagjax import diagnostics
 
 ROOT = Path(__file__).parent.parent
 UCI = Path(os.environ.get("SWAGJAX_DATA", ROOT.parent / "shared" / "data"))
@@ -263,6 +264,20 @@ def test_a_run_is_the_same_whatever_is_beside_it_and_in_the_padding(parts):
     assert len(np.unique(weights)) == 12
 
 
+def test_of_iterates_is_said_what_the_library_says_of_each_split(parts):
+    plan = training.Plan((4,), 8, epochs=12, start=2, steps=2, rank=5, num_samples=4)
+    found = trained(algorithms.averaged_sgd, parts, [(0, HYPER), (2, HYPER)], plan=plan)
+    said = scoring._diagnose(found.state.opt_state)
+    for i in range(2):
+        state = swagjax.get_state(jax.tree.map(lambda x, i=i: x[i], found.state.opt_state))
+        assert said["collected"][i] == 10
+        for function in (diagnostics.drift, diagnostics.effective_count):
+            for name, value in function(state)._asdict().items():
+                np.testing.assert_allclose(said[name][i], value, rtol=1e-4)
+        captured = diagnostics.captured_variance(state).cumulative
+        np.testing.assert_allclose(said["cumulative"][i], captured, rtol=1e-4)
+
+
 def test_averaged_sgd_is_momentum_and_the_mean_of_its_iterates(parts):
     """On full batches, whose order does not matter, against the two recursions written out."""
     plan = training.Plan((4,), 32, epochs=6, start=2, steps=1, rank=3, num_samples=4)
@@ -446,11 +461,11 @@ def test_damaged_stages_are_refused(left, tmp_path):
 
 # the command
 
-TINY = ["--epochs", "4", "--start", "1", "--hidden", "3", "--rank", "2", "--num-samples", "4"]
+TINY = ["--epochs", "6", "--start", "1", "--hidden", "3", "--rank", "4", "--num-samples", "4"]
 TINY += ["--members", "2", "--batch-size", "20"]
 
 
-SOME = ["SGD", "MultiSWAG", "deep ensemble", "mean-field VI", "SGLD"]
+SOME = ["SGD", "SWAG", "MultiSWAG", "deep ensemble", "mean-field VI", "SGLD"]
 
 
 def run(folder, results, *args):
@@ -475,7 +490,9 @@ def test_uci_writes_its_results(finished):
             assert np.all(np.isfinite(summary["values"]))
     assert record["paired_tests"]["NLL"]["SGD"]["MultiSWAG"]["p"] > 0
     assert record["published"] == []
-    assert (finished / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert len(record["iterates"]["trend"]) == 2
+    for picture in ("scores.png", "iterates.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_json_names_no_folder_of_this_machine(finished, folder):
@@ -532,7 +549,7 @@ def test_an_interrupted_tuned_run_is_resumed_after_its_searches(tuned, tmp_path,
     record = json.loads((tmp_path / "uci" / "indexed-tuned" / "results.json").read_text())
     for choice in record["chosen"]["SGD"]:
         assert choice["learning_rate"] in (1e-9, 0.02)
-        assert choice["epochs"] in (2, 4)
+        assert choice["epochs"] in (3, 6)
     assert record["chosen"]["SGD"] == record["chosen"]["deep ensemble"]
 
 

@@ -20,6 +20,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from benchmarks import options
 
 SMALL = {"epochs": 300, "start": 200, "batch_size": 30, "weight_decay": (0.1,), "hidden": (50,)}
@@ -30,6 +32,7 @@ FEW = {"learning_rate": (1e-3, 3e-3, 0.01, 0.03), "weight_decay": (1e-3, 0.01, 0
 MANY = {"learning_rate": (3e-3, 0.01, 0.03, 0.1), "weight_decay": (1e-6, 1e-5, 1e-4, 1e-3)}
 DROPOUTS = (0.01, 0.05, 0.1, 0.2)
 LEVEL = 0.05  # of the paired tests, which are corrected for the overlap of the splits
+TESTED = ("RMSE", "NLL", "CRPS")
 COMPARED = ("SGD", "SGD constant", "SWA")  # with SWAG, by a paired test
 
 
@@ -37,8 +40,8 @@ COMPARED = ("SGD", "SGD constant", "SWA")  # with SWAG, by a paired test
 class Uci:
     """Regression: SGD, SWA, SWAG, MultiSWAG, deep ensembles, MC-dropout, VI and SGLD compared.
 
-    Prints RMSE, NLL, CRPS, coverage and width of 95 % intervals beside published figures; writes
-    results.json and scores.png for every data set.
+    Prints RMSE, NLL, CRPS, coverage and width of 95 % intervals beside published figures, and what
+    the diagnostics say of SWAG's iterates; writes results.json, scores.png and iterates.png.
     """
 
     name: tuple[str, ...] = ()
@@ -105,14 +108,16 @@ def _compare(chosen: Uci, dataset: Any) -> None:
     tried = _calibrations(chosen), _grid(chosen)
     selected = tuning.choose(names, *tried, plan, held_out, len(splits), stage)
     parts = data.parts(dataset, splits)
-    scores = scoring.scores(selected, chosen.members, plan, parts, stage)
-    content = _record(chosen, dataset, parts, selected, scores)
+    scored = scoring.scores(selected, chosen.members, plan, parts, stage)
+    content = _record(chosen, dataset, parts, selected, scored)
     report.write_json(folder / "results.json", content)
     console = Console(width=max(100, Console().width))  # of a table with six metrics
     console.print(_title(content), report.beside(content), sep="\n")
     print("\n".join(_remarks(content)))
     _draw(folder / "scores.png", content)
-    print(f"results.json and scores.png are in {folder}\n")
+    if content["iterates"]:
+        _draw_iterates(folder / "iterates.png", content)
+    print(f"results.json and the pictures are in {folder}\n")
 
 
 def _check(chosen: Uci) -> None:
@@ -196,7 +201,7 @@ def _calibrations(chosen: Uci) -> dict[str, Any]:
     return {name: method.tuned if tuned else method.fitted for name, method in METHODS.items()}
 
 
-def _record(chosen: Uci, dataset: Any, parts: Any, selected: Any, scores: Any) -> dict[str, Any]:
+def _record(chosen: Uci, dataset: Any, parts: Any, selected: Any, scored: Any) -> dict[str, Any]:
     from benchmarks import report
     from benchmarks.regression import published, scoring
 
@@ -204,7 +209,7 @@ def _record(chosen: Uci, dataset: Any, parts: Any, selected: Any, scores: Any) -
     rows = _published(chosen, dataset)
     standardised = any(row["standardised"] for row in rows)
     return report.record(
-        scores,
+        scored.scores,
         experiment="uci",
         options=_identity(chosen, dataset),
         data={
@@ -219,7 +224,8 @@ def _record(chosen: Uci, dataset: Any, parts: Any, selected: Any, scores: Any) -
         published=rows,
         claimed=published.swag_beats_sgd(dataset.name),
         chosen={name: [_plain(choice) for choice in of] for name, of in selected.items()},
-        paired_tests={m: report.paired_tests(scores, m, ratio) for m in ("RMSE", "NLL", "CRPS")},
+        paired_tests={m: report.paired_tests(scored.scores, m, ratio) for m in TESTED},
+        iterates=scored.iterates,
     )
 
 
@@ -279,7 +285,12 @@ def _remarks(content: dict[str, Any]) -> list[str]:
     """What the numbers say of the aims, and what to know of the published ones."""
     sources = dict.fromkeys((row["paper"], row["caveat"]) for row in content["published"])
     notes = [f"* {paper}: {caveat}" for paper, caveat in sources]
-    return [*_against_published(content), *_against_sgd(content), *notes]
+    return [
+        *_against_published(content),
+        *_against_sgd(content),
+        *_of_iterates(content["iterates"]),
+        *notes,
+    ]
 
 
 def _against_published(content: dict[str, Any]) -> list[str]:
@@ -303,6 +314,20 @@ def _against_sgd(content: dict[str, Any]) -> list[str]:
     said = {None: [], True: ["the authors report a better NLL of SWAG than of SGD on this set"]}
     said[False] = ["the authors report no better NLL of SWAG than of SGD on this set"]
     return [*(_verdict(name, test) for name, test in found.items()), *said[content["claimed"]]]
+
+
+def _of_iterates(iterates: dict[str, list[Any]]) -> list[str]:
+    """What the diagnostics say of the iterates that SWAG collected, in the median of the splits."""
+    if not iterates:
+        return []
+    names = ("n_eff", "collected", "trend", "expected", "movement", "effective_dimension")
+    n_eff, collected, trend, expected, movement, dimension = (
+        float(np.median(iterates[name])) for name in names
+    )
+    return [
+        f"iterates of SWAG: {n_eff:.0f} effective of {collected:.0f} collected, trend {trend:.2f} "
+        f"(at rest {expected:.2f}), movement {movement:.2g}, effective dimension {dimension:.1f}"
+    ]
 
 
 def _verdict(name: str, test: dict[str, Any]) -> str:
@@ -342,5 +367,21 @@ def _draw(path: Path, content: dict[str, Any]) -> None:
     axes[0].invert_yaxis()
     star = "; * published" if published else ""
     figure.suptitle(f"{path.parent.name}: mean ± standard error over splits{star}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_iterates(path: Path, content: dict[str, Any]) -> None:
+    """Autocorrelation and captured variance of SWAG's iterates, a curve a split."""
+    from matplotlib import pyplot as plt
+
+    from swagjax import plot
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    drawn = {"autocorrelation": plot.autocorrelation, "cumulative": plot.captured_variance}
+    for ax, (name, draw) in zip(axes, drawn.items(), strict=True):
+        for curve in content["iterates"][name]:
+            draw(curve, ax=ax, color="#0072B2", linestyle="-", marker="", alpha=0.3)
+    figure.suptitle(_title(content).split(";")[0] + ": iterates of SWAG, a curve a split")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -3,27 +3,42 @@
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import swagjax
 from benchmarks.regression import training
 from benchmarks.regression.data import Parts
 from benchmarks.regression.methods import METHODS, Draw, outputs
 from benchmarks.regression.stages import Stage
 from benchmarks.regression.training import Plan
 from benchmarks.regression.tuning import Choice, shortened
-from swagjax import metrics
+from swagjax import diagnostics, metrics
 
 METRICS = ("RMSE", "NLL", "mixture", "CRPS", "coverage", "width")  # mixture: its NLL
+LEAST_RANK = 4  # for diagnostics
+DIAGNOSED = "SWAG"  # the method whose iterates are looked at
 Scores = dict[str, dict[str, list[float]]]  # method -> metric -> one value a split
+
+
+class Scored(NamedTuple):
+    """Metrics of every method, and of the iterates of SWAG what ``diagnostics`` says of them.
+
+    Attributes:
+      scores: one value a split.
+      iterates: one value a split, a list where a diagnostic is a curve; empty without SWAG.
+    """
+
+    scores: Scores
+    iterates: dict[str, list[Any]]
 
 
 def scores(
     chosen: Mapping[str, list[Choice]], members: int, plan: Plan, parts: Parts, stage: Stage
-) -> Scores:
+) -> Scored:
     """Train on the whole train parts with what was chosen, and score on the test parts.
 
     Methods that chose the same of one algorithm share the trainings of it.
@@ -33,20 +48,25 @@ def scores(
         settings = tuple((choice.hyper, choice.epochs) for choice in choices)
         groups.setdefault((METHODS[name].algorithm, settings), []).append(name)
     done: Scores = {}
+    iterates: dict[str, list[Any]] = {}
     for names in groups.values():
         of_group = {name: chosen[name] for name in names}
-        done |= stage("final, " + ", ".join(names), partial(_group, of_group, members, plan, parts))
-    return {name: done[name] for name in chosen}
+        compute = partial(_group, of_group, members, plan, parts)
+        scored = Scored(**stage("final, " + ", ".join(names), compute))
+        done |= scored.scores
+        iterates |= scored.iterates
+    return Scored({name: done[name] for name in chosen}, iterates)
 
 
 def _group(
     chosen: Mapping[str, list[Choice]], members: int, plan: Plan, parts: Parts
-) -> dict[str, dict[str, list[float]]]:
+) -> dict[str, Any]:
     first = next(iter(chosen))
     algorithm, choices = METHODS[first].algorithm, chosen[first]
     members = members if any(METHODS[name].ensemble for name in chosen) else 1
     test_x = jnp.asarray(parts.test_x)
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in chosen}
+    iterates: dict[int, dict[str, Any]] = {}
     for epochs in sorted({choice.epochs for choice in choices}):
         splits = [i for i, choice in enumerate(choices) if choice.epochs == epochs]
         runs = training.runs([(i, choices[i].hyper) for i in splits], members)
@@ -62,10 +82,20 @@ def _group(
             drawn = _outputs(METHODS[name].draw, plan.num_samples, test_x, own, scales)
             for i, means, variances in zip(splits, *jax.device_get(drawn), strict=True):
                 found[name][i] = _metrics(means, variances * chosen[name][i].noise, parts, i)
+        if DIAGNOSED in chosen and plan.rank >= LEAST_RANK:
+            first_of = jax.tree.map(lambda leaf: leaf[:, 0], by_split[1].state.opt_state)
+            said = jax.tree.map(np.ndarray.tolist, jax.device_get(_diagnose(first_of)))
+            iterates |= {i: {k: v[j] for k, v in said.items()} for j, i in enumerate(splits)}
     return {
-        name: {metric: [of[i][metric] for i in sorted(of)] for metric in of[0]}
-        for name, of in found.items()
+        "scores": {name: _by_name(of) for name, of in found.items()},
+        "iterates": _by_name(iterates),
     }
+
+
+def _by_name(of_splits: dict[int, dict[str, Any]]) -> dict[str, list[Any]]:
+    """One list a name, in the order of the splits."""
+    names = next(iter(of_splits.values()), {})
+    return {name: [of_splits[i][name] for i in sorted(of_splits)] for name in names}
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # SWAG at any scale is one program
@@ -80,6 +110,23 @@ def _outputs(
         return outputs(draw, num_samples, keys, members, runs.hyper, scale, test_x[runs.split[0]])
 
     return jax.lax.map(of_split, (by_split, scales))
+
+
+@jax.jit
+def _diagnose(opt_states: Any) -> dict[str, jax.Array]:
+    """What the library's diagnostics say of the state of every split."""
+
+    def of_one(state: swagjax.SWAGState) -> dict[str, jax.Array]:
+        drift, count = diagnostics.drift(state), diagnostics.effective_count(state)
+        captured = diagnostics.captured_variance(state)
+        return {
+            "collected": state.count,
+            **drift._asdict(),
+            **count._asdict(),
+            **captured._asdict(),
+        }
+
+    return jax.lax.map(of_one, swagjax.get_state(opt_states))
 
 
 def _metrics(
