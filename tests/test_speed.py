@@ -144,12 +144,14 @@ def test_ratios_are_taken_within_a_round():
 
 def test_floors_are_scaled_to_what_is_to_be_moved_and_drawn(monkeypatch):
     monkeypatch.setattr(machine, "_MOST", 1000)
+    monkeypatch.setattr(machine, "_EVEN", 100)
     sizes = []
     monkeypatch.setattr(measure, "carried", lambda step, x: lambda: sizes.append(x.size) or 1.0)
     monkeypatch.setattr(measure, "timed", lambda draw, key: lambda: float(draw(key).size))
     assert machine.moving(600)() == 1.0
     assert machine.moving(6000)() == 3.0
-    assert sizes == [300, 1000]  # each number of the array is read and written
+    assert machine.moving(590)() == pytest.approx(590 / 600)
+    assert sizes == [300, 1000, 300]  # each number of the array is read and written
     assert machine.drawing(600)() == 600
     assert machine.drawing(6000)() == 6000
 
@@ -157,10 +159,10 @@ def test_floors_are_scaled_to_what_is_to_be_moved_and_drawn(monkeypatch):
 def test_the_floor_moves_numbers_in_place(monkeypatch):
     steps = []
     monkeypatch.setattr(measure, "carried", lambda step, x: steps.append((step, x)) or (lambda: 1))
-    machine.moving(2000)
+    machine.moving(2048)
     (step, x) = steps[0]
     analysis = step.lower(x).compile().memory_analysis()
-    assert analysis.alias_size_in_bytes == analysis.argument_size_in_bytes == 4000
+    assert analysis.alias_size_in_bytes == analysis.argument_size_in_bytes == 4096
     assert analysis.temp_size_in_bytes < 100
 
 
