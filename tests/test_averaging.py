@@ -602,6 +602,7 @@ def test_refresh_gives_every_sample_its_own_statistics(net, request):
     np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_refresh_with_antithetic_pairs(linen_net):
     """Both of a pair have statistics of their own, those of the mirrored one included."""
     _, _, state, refresh, log_prob_fn = linen_net

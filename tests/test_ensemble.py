@@ -367,6 +367,7 @@ def test_members_stay_on_their_devices():
     assert {s.data.shape for s in mixture.deviations["w"].addressable_shards} == {(1, RANK, 200)}
 
 
+@pytest.mark.slow
 def test_spread_members_read_as_gathered_ones():
     mixture, gathered = spread(), jax.tree.map(jnp.asarray, jax.device_get(spread()))
     theta = ensemble.member(gathered, 3).mean
@@ -377,6 +378,7 @@ def test_spread_members_read_as_gathered_ones():
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_spread_members_predict_where_they_are():
     """Only their outputs, and no weights, are exchanged."""
 

@@ -30,6 +30,7 @@ def refuse_constant(name):
     raise AssertionError(f"{name} is no JSON")
 
 
+@pytest.mark.slow
 def test_one_command_writes_figures_and_a_picture(tmp_path, capsys):
     gap(Gap(**TINY, results=tmp_path))
     text = (tmp_path / "gap" / "results.json").read_text()

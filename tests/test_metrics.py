@@ -392,6 +392,7 @@ def test_wide_labels_are_not_wrapped_around(dtype, label):
         metrics.nll(np.eye(2), jnp.array([0, label], dtype))
 
 
+@pytest.mark.slow
 def test_strict_promotion_in_half_precision():
     probs, labels = example()
     probs, labels = jnp.asarray(probs, jnp.bfloat16), jnp.asarray(labels, jnp.uint8)

@@ -472,6 +472,7 @@ def test_reading_a_run(case):
     check_reading(case)
 
 
+@pytest.mark.slow
 @SOME
 @given(cases(st.just(DOUBLES)))
 def test_reading_a_run_in_float64(case):
@@ -565,6 +566,7 @@ def check_divergence(case, divergence=uncompiled):
         assert abs(got) <= 10 * epsilon(p.state) * size
 
 
+@pytest.mark.slow
 @MORE
 @given(pairs(st.sampled_from(POOL)))
 def test_divergence_of_two_runs(case):

@@ -223,6 +223,7 @@ def shifts(leaves):
     return sample.lower(KEY).compile().as_text().count("shift-left(")
 
 
+@pytest.mark.slow
 def test_the_generator_is_compiled_once_not_once_for_every_leaf():
     few, many = shifts(3), shifts(300)
     assert few > 0  # it is unrolled, so it is counted
