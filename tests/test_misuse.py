@@ -621,6 +621,43 @@ SCORING = {
     ),
 }
 
+MEANS, TARGETS = jnp.zeros((4, 1)), jnp.arange(4.0)
+
+NUMBERS = {
+    "a column against a vector": (
+        lambda: swagjax.metrics.gaussian_nll(MEANS, 1.0, TARGETS),
+        r"targets has shape \(4,\) and mean \(4, 1\).*targets\.reshape\(mean\.shape\)",
+    ),
+    "no noise at all": (
+        lambda: swagjax.metrics.gaussian_nll(TARGETS, 0.0, TARGETS),
+        r"variance holds the value 0, but must be positive.*jax\.nn\.softplus",
+    ),
+    "a level in per cent": (
+        lambda: swagjax.metrics.coverage(TARGETS, 1.0, TARGETS, level=95),
+        r"level is 95, but must be a number above 0 and below 1.*try 0\.95",
+    ),
+    "the temperature of what is never wrong": (
+        lambda: swagjax.calibration.fit_temperature(10 * jnp.eye(3), jnp.arange(3)),
+        r"logits are highest at the label for every example.*give more held-out examples",
+    ),
+    "a scale in place of a loss": (
+        lambda: swagjax.calibration.fit_scale(0.5),
+        r"held_out_loss is a float: give a function from a scale to the loss on held-out data",
+    ),
+    "a mixture of one state": (
+        lambda: swagjax.ensemble.mix(state()),
+        r"states is one state with count=4: give a list of states, mix\(\[state\]\)",
+    ),
+    "a state in place of a mixture": (
+        lambda: swagjax.ensemble.sample(KEY, state()),
+        r"mixture is a SWAGState: give what swagjax\.ensemble\.mix\(states\) made",
+    ),
+    "a state that is a point diagnosed": (
+        lambda: swagjax.diagnostics.drift(point()),
+        r"swagjax\.swag",
+    ),
+}
+
 CATALOGUE = {
     f"{chapter}: {name}": entry
     for chapter, entries in {
@@ -633,6 +670,7 @@ CATALOGUE = {
         "options": OPTIONS,
         "predicting": PREDICTING,
         "scoring": SCORING,
+        "numbers, several runs": NUMBERS,
     }.items()
     for name, entry in entries.items()
 }
