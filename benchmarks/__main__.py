@@ -47,6 +47,7 @@ COMMANDS = {Classify: classify, Uci: uci, Gap: gap, Speed: speed, Publish: publi
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one experiment; return the exit code, 2 for whatever the user can put right."""
+    options = None
     try:
         options = _parse(args)
         COMMANDS[type(options)](options)
@@ -54,7 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: --resume continues from the last checkpoint", file=sys.stderr)
+        way_on = ": --resume continues from where it was" if hasattr(options, "resume") else ""
+        print(f"interrupted{way_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -202,7 +202,7 @@ def effective_count(state: SWAGState) -> EffectiveCount:
 
     The mean of the held iterates is no more known than they are, and taking it off lowers every
     autocovariance by its variance v: added back here, so that independent iterates have time 1 at
-    any h. Both sums stop before the first pair rho_2m + rho_2m+1 that is not positive, and at lag
+    any h. Both sums stop before the first pair g_2m + g_2m+1 that is not positive, and at lag
     h / 2 at the latest; n_eff is at most n max(1, log10 n).
 
     A ring of h sees no correlation that is longer. For AR(1) with coefficient rho the true time is

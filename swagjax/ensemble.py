@@ -77,7 +77,7 @@ def mix(states: SWAGState | Sequence[SWAGState]) -> Mixture:
       states: a list of states of the same kind, rank and parameters, collected apart; or one
         state with an axis of members before all others, as ``jax.vmap`` leaves it and, of a member
         per process, ``jax.experimental.multihost_utils.process_allgather``. The members may have
-        taken and collected different numbers of iterates.
+        taken different numbers of steps and collected different numbers of iterates.
 
     Returns:
       The mixture. A list is copied; arrays that are stacked already stay where they lie, spread

@@ -128,6 +128,15 @@ def test_r_hat_is_of_functions():
     assert experiment.mixing(chains(shift=3.0))["r_hat"] > 1.1
 
 
+def test_the_elbo_is_at_most_what_a_perfect_fit_would_give():
+    chosen = Gap(**TINY)
+    train, *_ = experiment.problem(chosen)
+    _, about = experiment._vi(jax.random.key(0), train, chosen)
+    assert about["elbo_of_last_tenth"] < -chosen.points * np.log(
+        experiment.NOISE * np.sqrt(2 * np.pi)
+    )
+
+
 def test_a_diagnostic_that_is_no_number_is_none():
     assert [experiment._number(x) for x in (np.nan, np.inf, np.float32(1.5))] == [None, None, 1.5]
 

@@ -6,8 +6,8 @@ diagnostics allow: they are of the functions, for weights of equal function are 
 
 The step size and the scale of SWAG come from validation points, which lie beside the gap like the
 training points: nothing in the gap or outside the data is ever looked at. There the NLL is nearly
-flat, and least for the narrowest bands, so that the rule is that of ``classify``: of the settings
-within one standard error of the least NLL, the one with the most spread.
+flat at small scales, and least for the smallest, so that the rule is that of ``classify``: of the
+settings within one standard error of the least NLL, the one with the most spread.
 
 The noise of SGD lies in the directions that the data determine, so that SWAG's bands hardly widen
 in the gap, and at these steps all members find the same function. At smaller ones
@@ -278,7 +278,7 @@ def _vi(key: Any, train: Points, chosen: Gap) -> tuple[Any, dict[str, Any]]:
 
     def step(state: Any, key: Any) -> Any:
         state, info = vi.step(key, state)
-        return state, info.elbo
+        return state, -info.elbo  # blackjax returns the loss
 
     first = vi.init(position)._replace(mu=position)
     keys = jax.random.split(k2, chosen.vi_steps)

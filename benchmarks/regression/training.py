@@ -129,7 +129,8 @@ def _networks(members: jax.Array, splits: jax.Array, inputs: int, hidden: tuple[
 def _epoch(algorithm: Algorithm, plan: Plan, axes: Any) -> Callable[..., Any]:
     """One pass over the train rows of every run, in a random order of its own.
 
-    Batches are full: the rows that are left over (fewer than a batch, others in every epoch) wait
+    Batches are full: the rows that are left over (fewer than a batch in the smallest split,
+    others in every epoch) wait
     for the next one. Padding comes last in every order, where no batch reaches.
     """
 

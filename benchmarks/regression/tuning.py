@@ -43,7 +43,7 @@ def shortened(plan: Plan, parts: Parts, epochs: int) -> Plan:
     """The plan for these train rows and these epochs, of which collecting has its share."""
     fewest = int(parts.rows.min())
     batch_size = min(plan.batch_size, fewest)
-    start = round(plan.start * epochs / plan.epochs)
+    start = min(round(plan.start * epochs / plan.epochs), epochs - 1)  # collects at least once
     steps = fewest // batch_size
     return plan._replace(batch_size=batch_size, epochs=epochs, start=start, steps=steps)
 
