@@ -354,6 +354,14 @@ def test_the_choice_is_the_least_held_out_nll_of_every_split(parts):
     assert chosen == {"SGD": [best] * 3, "deep ensemble": [best] * 3}
 
 
+@pytest.mark.parametrize("start", [1, 150, 199])
+def test_a_shortened_run_collects(start, parts):
+    plan = training.Plan((4,), 8, epochs=200, start=start, steps=0, rank=3, num_samples=4)
+    short = tuning.shortened(plan, parts, 100)
+    assert short.epochs == 100
+    assert short.start == min(round(start / 2), 99)
+
+
 def test_scores_are_those_of_scipy_in_the_units_of_the_targets(parts):
     rng = np.random.default_rng(0)
     means, variances = rng.normal(size=(4, 8)), rng.uniform(0.5, 2, (4, 8))
