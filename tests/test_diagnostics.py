@@ -1,7 +1,9 @@
 import functools
 import itertools
 import re
+import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -587,6 +589,9 @@ def test_accelerators_add_up_and_those_that_do_not_tell_count_as_unlimited():
 def test_processors_share_the_memory_of_their_machine():
     one = transform._memory({jax.devices()[0]})
     assert one is None or one > 1 << 27  # None where the system does not tell
+    if sys.platform == "linux":  # which does, and in another place as well
+        total = re.search(r"MemTotal: *(\d+) kB", Path("/proc/meminfo").read_text())
+        assert one == pytest.approx(1024 * int(total[1]), rel=0.1)
     assert transform._memory(set(jax.devices())) == one
     assert transform._memory(set()) is None
 
