@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,11 +219,17 @@ def published():
 
 
 @pytest.mark.parametrize("folder", published(), ids=lambda folder: folder.name)
-def test_readme_shows_the_published_numbers(folder):
+def test_readme_leads_to_what_is_published_and_its_tables_are_those(folder):
     readme, name = report.README.read_text(), folder.relative_to(report.PUBLISHED).as_posix()
     content = json.loads((folder / "results.json").read_text())
-    assert f"<!-- {name} -->" in readme
+    assert re.search(rf"\]\(benchmarks/results/{re.escape(name)}[/)]", readme)
     assert report.with_table(readme, name, content) == readme
+
+
+def test_tables_of_readme_are_of_published_results():
+    tables = set(re.findall(r"<!-- (.+) -->", report.README.read_text())) - {"end"}
+    names = {folder.relative_to(report.PUBLISHED).as_posix() for folder in published()}
+    assert {"classify/digits"} <= tables <= names
 
 
 def test_a_new_table_replaces_the_old_one_alone():
