@@ -118,6 +118,7 @@ def digits():
     return data.Part(part.images[:70], part.labels[:70])
 
 
+@pytest.mark.slow
 def test_members_side_by_side_equal_members_one_by_one(digits):
     chosen, model = tiny_options(), models.ConvNet(5, widths=(4, 4))
     tx = methods.averaged_sgd(chosen, 4)

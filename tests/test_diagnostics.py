@@ -807,6 +807,7 @@ def test_a_straight_path(x64):
     np.testing.assert_allclose(captured_variance(state).cumulative, 1)
 
 
+@pytest.mark.slow
 def test_of_a_random_walk_and_a_straight_path_the_time_is_a_good_part_of_the_ring(x64):
     walked, straight = correlated(1, 100), np.arange(100.0)[:, None] * np.ones(107)
     found = [effective_count(state_of(path, 100)).time for path in (walked, straight)]
@@ -845,6 +846,7 @@ def test_iterates_that_alternate_count_as_more_but_not_beyond_the_bound(x64):
 # --- random draws: fixed keys, and a false alarm at six standard deviations, 2e-9 of a normal
 
 
+@pytest.mark.slow
 def test_a_simulated_process_is_recovered(x64):
     """AR(1) over 4000 weights: the pooled numbers have relative errors below (2 / 4000)^(1/2)."""
     h, weights = 20, 4000
@@ -861,6 +863,7 @@ def test_a_simulated_process_is_recovered(x64):
         np.testing.assert_allclose(*rhos, atol=room)
 
 
+@pytest.mark.slow
 def test_z_of_independent_iterates_of_many_weights_is_near_a_normal():
     """1000 runs over 500 weights. Six standard errors of mean and variance; P(z > 6) = 1e-9."""
     runs, h, weights = 1000, 10, 500

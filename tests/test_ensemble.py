@@ -308,6 +308,7 @@ class BatchNormed(nn.Module):
         return nn.softmax(nn.Dense(3)(x))
 
 
+@pytest.mark.slow
 def test_every_sample_has_batch_statistics_of_its_own():
     """Of point members: what flax gives with the mean and variance of the whole training set."""
     model, tx = BatchNormed(), swagjax.swa()

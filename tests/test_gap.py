@@ -122,6 +122,7 @@ def chains(shift=0.0):
     return jax.tree.map(lambda x: x.astype(np.float32), draws)
 
 
+@pytest.mark.slow
 def test_r_hat_is_of_functions():
     """Chains at opposite signs, where weights never agree, have the same functions."""
     assert experiment.mixing(chains())["r_hat"] < 1.02

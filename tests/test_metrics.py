@@ -305,6 +305,7 @@ def test_jit_and_vmap_of_reliability_equal_eager(binning):
                 np.testing.assert_allclose(getattr(result, name)[i], field, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_of_the_uncertainties_equal_eager():
     probs = np.stack([example(seed)[0] for seed in range(4)])
     for function in (metrics.predictive_entropy, metrics.mutual_information):

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 import swagjax
 
-SOME = settings(max_examples=12, deadline=None, derandomize=True)
-MORE = settings(max_examples=30, deadline=None, derandomize=True)
+SOME = settings(max_examples=8, deadline=None, derandomize=True)
+MORE = settings(max_examples=20, deadline=None, derandomize=True)
 MANY = settings(max_examples=100, deadline=None, derandomize=True)
 KINDS = ("swag", "swag_diag", "swa")
 FLOATS = ("float16", "bfloat16", "float32")
