@@ -328,7 +328,7 @@ def test_runs_differ_in_style_and_keywords_replace_it(draw):
 
 
 def test_takes_what_diagnostics_returns():
-    ring = jnp.eye(6)[:, :5] * jnp.arange(1.0, 6)
+    ring = jnp.eye(6)[:, :5] * jnp.arange(1.0, 6)[None]
     n, mean = jnp.int32(5), jnp.ones(5)
     state = swagjax.SWAGState(n, n, 0 * n, mean, mean, ring)
     counted = swagjax.diagnostics.effective_count(state)
