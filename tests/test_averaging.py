@@ -211,6 +211,7 @@ def test_antithetic_has_no_error_in_what_is_linear(kind):
         assert np.abs(plain - got).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_antithetic_samples_agree_between_the_functions(state):
     options = {"num_samples": 6, "chunk_size": 2, "antithetic": True}
     samples = swagjax.predict_samples(KEY, state, probabilities, X, **options)
@@ -448,7 +449,9 @@ def test_two_functions_are_not_mixed_up(state):
     np.testing.assert_array_equal(two, [2, 2])
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize(
+    "predictor", [PREDICTORS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PREDICTORS[1:])]
+)
 def test_works_inside_jit_and_grad(state, predictor):
     def inside(key, state, x):
         return predictor(key, state, log_probabilities, x, num_samples=4, chunk_size=3)
@@ -474,6 +477,7 @@ def compiled(num_samples, chunk_size, state, **options):
     return jax.jit(program).lower(KEY, state, jnp.ones((2, 200), jnp.float32)).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"antithetic": True}], ids=["plain", "antithetic"])
 def test_memory_does_not_grow_with_the_number_of_samples(options):
     """Samples are drawn, used and dropped: only chunk_size of them are ever in memory."""
@@ -588,6 +592,7 @@ def nnx_net():
 NETS = pytest.mark.parametrize("net", ["linen_net", "nnx_net"])
 
 
+@pytest.mark.slow
 @NETS
 def test_refresh_gives_every_sample_its_own_statistics(net, request):
     _, _, state, refresh, log_prob_fn = request.getfixturevalue(net)

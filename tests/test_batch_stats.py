@@ -179,6 +179,7 @@ def test_accurate_variance_of_a_network():
     assert_close(refresh(params), true_statistics(params))
 
 
+@pytest.mark.slow
 def test_dropout_takes_its_rngs_from_apply_kwargs():
     model = Net(dropout=0.5)
     params, stats = variables(model)

@@ -249,6 +249,7 @@ def test_noise_inside_jit_and_vmap():
     np.testing.assert_allclose(result, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_noise_in_mixed_precision():
     """The widest dtype is that of the noise; in float64 it has its digits."""
     means, _, targets = regression()
@@ -311,6 +312,7 @@ def linear():
     return state
 
 
+@pytest.mark.slow
 def test_scale_of_a_regression_is_the_variance_of_the_weight():
     """y = w x with w from N(2, 0.3): held-out NLL of the moments is least at scale 0.3.
 

@@ -712,6 +712,7 @@ def agree(found, expected, rtol):
 COUNTS = (4, 5, 7, 8, 9, 15, 16, 29)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_readers_agree_with_numpy_in_float64(x64, reader):
     for n, rho in itertools.product(COUNTS, (0.6, -0.8)):
@@ -719,6 +720,7 @@ def test_readers_agree_with_numpy_in_float64(x64, reader):
         agree(reader(state_of(iterates)), ORACLES[reader](iterates, H), 1e-9)
 
 
+@pytest.mark.slow
 def test_the_effective_count_of_long_rings_of_few_weights_agrees_with_numpy(x64):
     """Of which later pairs of autocorrelations are positive again."""
     for n in (21, 40, 41, 90):
@@ -746,6 +748,7 @@ def test_readers_agree_with_numpy_after_a_run_of_swag(reader):
     agree(reader(state), ORACLES[reader](iterates.astype(float), H), 1e-4)
 
 
+@pytest.mark.slow
 def test_over_all_orders_of_the_iterates_the_means_are_exact(x64):
     """What stands in for independence: mean of ``trend``, ``shift``, ``spread``, spread of ``z``.
 
@@ -767,6 +770,7 @@ def test_over_all_orders_of_the_iterates_the_means_are_exact(x64):
 # --- known processes, over so many weights that their inner products are exact
 
 
+@pytest.mark.slow
 def test_independent_iterates_of_many_weights(x64):
     h = 20
     state = state_of(correlated(0.0, h), h)
@@ -955,6 +959,7 @@ def test_members_side_by_side_are_read_as_each_by_itself(reader):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), one, reader(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_sharded_state_is_read_as_a_whole_one(kind):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))

@@ -62,6 +62,7 @@ def on_two_machines(folder):
         return dict(results)
 
 
+@pytest.mark.slow
 def test_two_machines_do_what_one_does(tmp_path):
     """Train, collect, checkpoint, sample and predict. One test, for one start of the processes."""
     (tmp_path / "two").mkdir()

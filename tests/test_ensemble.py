@@ -224,6 +224,7 @@ def test_a_draw_is_the_same_alone_and_mapped():
         np.testing.assert_allclose(got, row, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_draw_holds_no_member_beside_the_sample():
     """Neither the rings of all members, nor that of one, nor one for every mapped key."""
     leaf, members, rank = jnp.zeros(1 << 16), 4, 20

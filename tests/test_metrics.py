@@ -104,6 +104,7 @@ def test_ece_and_reliability(num_bins, binning):
     np.testing.assert_allclose(ece, ece_oracle(probs, labels, num_bins, binning), rtol=5e-6)
 
 
+@pytest.mark.slow
 @given(
     steps=st.lists(st.integers(10, 20), min_size=23, max_size=23),
     num_bins=st.sampled_from([3, 20]),
@@ -329,6 +330,7 @@ def test_half_precision_is_computed_in_float32(metric, dtype):
     np.testing.assert_allclose(value, metric(half.astype(jnp.float32), labels), rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_uncertainties(dtype):
     probs = jnp.asarray(np.stack([example(seed)[0] for seed in range(4)]), dtype)
@@ -372,6 +374,7 @@ def test_works_in_float64_and_under_strict_promotion(binning):
         np.testing.assert_allclose(ece, ece_oracle(wide, labels, 20, binning), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
 def test_the_precision_of_the_probabilities_is_that_of_the_metrics(dtype):
     """Of integers, one-hot ones, it is float32."""
@@ -735,6 +738,7 @@ def test_crps_is_the_absolute_error_of_what_is_certain():
         np.testing.assert_allclose(crps(m, 1e-12, targets), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_crps_of_many_samples_is_that_of_their_distribution():
     """Means drawn from N(0, 3), noise 1: N(0, 4) in the limit. 6 sigma, seen from other keys."""
     rng = np.random.default_rng(0)
@@ -803,6 +807,7 @@ def test_jit_of_the_other_regression_metrics_equals_eager():
         np.testing.assert_allclose(ours, eager, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", MIXTURE)
 def test_gradients_against_differences(metric):
     with jax.enable_x64(True):
@@ -823,6 +828,7 @@ def test_half_precision_regression_is_computed_in_float32(dtype):
     assert [x.dtype for x in others] == [jnp.float32] * 4
 
 
+@pytest.mark.slow
 def test_regression_in_mixed_precision_under_strict_promotion():
     """Targets are integers or float64: the widest dtype is that of the metric."""
     strict = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")

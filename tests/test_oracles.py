@@ -678,6 +678,7 @@ def test_gradients_of_the_difference_and_of_the_divergence():
         np.testing.assert_allclose(slope, np.linalg.solve(T, m - n), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_divergence_pass_dead_weights_by():
     """A weight that neither run moved counts as no dimension, in the slope as in the value."""
     iterates = np.random.default_rng(0).normal(size=(6, 4))

@@ -371,6 +371,7 @@ def test_an_epoch_of_training_is_set_beside_a_bare_loop(tiny):
         assert f.details["bare_images_per_second"] == pytest.approx(images / np.median(f.floor))
 
 
+@pytest.mark.slow
 def test_statistics_are_refreshed_beside_as_many_passes(tiny):
     (result,) = figures.KINDS["predict"].measure(_setting("preresnet20"))
     assert result.name == "predict 2, statistics refreshed"

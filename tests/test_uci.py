@@ -264,6 +264,7 @@ def test_a_run_is_the_same_whatever_is_beside_it_and_in_the_padding(parts):
     assert len(np.unique(weights)) == 12
 
 
+@pytest.mark.slow
 def test_of_iterates_is_said_what_the_library_says_of_each_split(parts):
     plan = training.Plan((4,), 8, epochs=12, start=2, steps=2, rank=5, num_samples=4)
     found = trained(algorithms.averaged_sgd, parts, [(0, HYPER), (2, HYPER)], plan=plan)
@@ -473,7 +474,7 @@ TINY = ["--epochs", "6", "--start", "1", "--hidden", "3", "--rank", "4", "--num-
 TINY += ["--members", "2", "--batch-size", "20"]
 
 
-SOME = ["SGD", "SWAG", "MultiSWAG", "deep ensemble", "mean-field VI", "SGLD"]
+SOME = ["SGD", "SWAG", "MultiSWAG", "deep ensemble", "SGLD"]
 
 
 def run(folder, results, *args):
@@ -546,6 +547,7 @@ def trainings(monkeypatch):
     return done, stop
 
 
+@pytest.mark.slow
 def test_an_interrupted_tuned_run_is_resumed_after_its_searches(tuned, tmp_path, trainings):
     done, stop = trainings
     stop.append(2)
