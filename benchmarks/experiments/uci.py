@@ -33,9 +33,16 @@ SMALL = {"epochs": 300, "start": 200, "batch_size": 30, "weight_decay": (0.1,), 
 MEDIUM = {"epochs": 1000, "start": 500, "batch_size": 100, "weight_decay": (0.01,), "hidden": (50,)}
 LARGE = {"epochs": 200, "start": 80, "batch_size": 200, "weight_decay": (1e-4,), "hidden": (50,)}
 # To choose from. With many rows the prior is shared by more of them, and there are fewer steps.
-FEW = {"learning_rate": (1e-3, 3e-3, 0.01, 0.03), "weight_decay": (1e-3, 0.01, 0.03, 0.1)}
-MANY = {"learning_rate": (3e-3, 0.01, 0.03, 0.1), "weight_decay": (1e-6, 1e-5, 1e-4, 1e-3)}
-DROPOUTS = (0.01, 0.05, 0.1, 0.2)
+FEW = {
+    "learning_rate": (1e-3, 3e-3, 0.01, 0.03, 0.1),
+    "weight_decay": (1e-4, 1e-3, 0.01, 0.03, 0.1),
+    "dropout": (0.005, 0.01, 0.05, 0.1, 0.2),
+}
+MANY = {
+    "learning_rate": (3e-3, 0.01, 0.03, 0.1, 0.3),
+    "weight_decay": (1e-6, 1e-5, 1e-4, 1e-3),
+    "dropout": (0.005, 0.01, 0.05, 0.1),
+}
 LEVEL = 0.05  # of the paired tests, which are corrected for the overlap of the splits
 TESTED = ("RMSE", "NLL", "CRPS")
 COMPARED = ("SGD", "SGD constant", "SWA")  # with SWAG, by a paired test
@@ -156,7 +163,7 @@ def _complete(chosen: Uci, rows: int) -> Uci:
     if rows > 20_000:
         defaults |= {"hidden": (100,)}
     if chosen.protocol == "tuned":
-        defaults |= (FEW if rows <= 2000 else MANY) | {"dropout": DROPOUTS}
+        defaults |= FEW if rows <= 2000 else MANY
     full = options.complete(chosen, defaults)
     if full.start >= full.epochs:
         raise options.UsageError(
@@ -273,7 +280,7 @@ def _budget(chosen: Uci) -> str:
     return (
         f"{candidates} candidates an algorithm and split (MC-dropout {drops}), each at all and at "
         "half the epochs, trained on four fifths of the train part and chosen by NLL on the rest, "
-        f"{chosen.holdouts} times; SWAG-Diag and SWAG with 5 scales each, SWAG fitted with 8 "
+        f"{chosen.holdouts} times; SWAG-Diag and SWAG with 6 scales each, SWAG fitted with 8 "
         "scales times 13 noises"
     )
 

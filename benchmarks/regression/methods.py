@@ -115,7 +115,7 @@ def _langevin(key: jax.Array, member: Trained, hyper: Hyper, scale: Any, num: in
     return jax.tree.map(lambda leaf: leaf[-num:], member.snapshots)
 
 
-_SCALES = Calibration(scales=(0.1, 0.3, 1.0, 3.0, 10.0))
+_SCALES = Calibration(scales=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 _FINE = Calibration(
     scales=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
     noises=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.7, 2.0, 2.5, 3.0),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -99,12 +100,12 @@ def train(
     first = jax.tree.map(lambda leaf: leaf[0], (params, side_by_side.hyper))
     axes = swagjax.member_axes(jax.eval_shape(algorithm.init, *first))
     state = jax.jit(jax.vmap(algorithm.init, out_axes=axes))(params, side_by_side.hyper)
-    epoch_of_all = _epoch(algorithm, plan, axes)
+    epoch_of_all = _epoch(algorithm, plan, side_by_side, axes)
     data = jax.device_put((parts.x, parts.y, parts.rows))
     aside = []
     with _progress(label, plan.epochs) as advance:
         for epoch in range(1, plan.epochs + 1):
-            state = epoch_of_all(epoch, state, side_by_side, data)
+            state = epoch_of_all(epoch, state, data)
             if epoch in algorithm.snapshots:
                 aside.append(jax.tree.map(jnp.copy, state))  # the next epoch reuses its memory
             advance()
@@ -126,34 +127,47 @@ def _networks(members: jax.Array, splits: jax.Array, inputs: int, hidden: tuple[
     return jax.vmap(of_one)(members, splits)
 
 
-def _epoch(algorithm: Algorithm, plan: Plan, axes: Any) -> Callable[..., Any]:
-    """One pass over the train rows of every run, in a random order of its own.
+def _epoch(algorithm: Algorithm, plan: Plan, side_by_side: Runs, axes: Any) -> Callable[..., Any]:
+    """One pass over the train rows of every run.
 
-    Batches are full: the rows that are left over (fewer than a batch in the smallest split,
-    others in every epoch) wait
-    for the next one. Padding comes last in every order, where no batch reaches.
+    Candidates of one split and member go through the same batches: to sort their rows costs as
+    much as to train on them, and is done once for all.
     """
+    pairs = np.stack([side_by_side.split, side_by_side.member], axis=1)
+    distinct, which = np.unique(pairs, axis=0, return_inverse=True)
 
-    def of_one(state: Any, split: Any, member: Any, hyper: Hyper, epoch: Any, data: Any) -> Any:
-        x, y, rows = data
+    def of_one(state: Any, run: Any, which: Any, batches: Any, epoch: Any, data: Any) -> Any:
+        (split, member, hyper), (x, y, rows) = run, data
         drawn = jax.random.fold_in(key(member, split, TRAIN), epoch)
-        ranks = jax.random.uniform(drawn, x.shape[1:2])
-        order = jnp.argsort(jnp.where(jnp.arange(x.shape[1]) < rows[split], ranks, 2.0))
-        batches = order[: plan.steps * plan.batch_size].reshape(plan.steps, plan.batch_size)
 
         def body(state: Any, of_step: Any) -> Any:
             i, batch = of_step
             batch = Batch(x[split, batch], y[split, batch], rows[split])
             return algorithm.step(jax.random.fold_in(drawn, i), state, hyper, batch), None
 
-        return jax.lax.scan(body, state, (jnp.arange(plan.steps), batches))[0]
+        return jax.lax.scan(body, state, (jnp.arange(plan.steps), batches[which]))[0]
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def of_all(epoch: Any, state: Any, side_by_side: Runs, data: Any) -> Any:
-        mapped = jax.vmap(of_one, in_axes=(axes, 0, 0, 0, None, None), out_axes=axes)
-        return mapped(state, *side_by_side, epoch, data)
+    def of_all(epoch: Any, state: Any, data: Any) -> Any:
+        batches = jax.vmap(lambda pair: _batches(*pair, epoch, plan, data))(distinct)
+        mapped = jax.vmap(of_one, in_axes=(axes, 0, 0, None, None, None), out_axes=axes)
+        return mapped(state, side_by_side, which, batches, epoch, data)
 
     return of_all
+
+
+def _batches(split: Any, member: Any, epoch: Any, plan: Plan, data: Any) -> jax.Array:
+    """Rows of every batch ``(steps, batch_size)``, in a random order.
+
+    Batches are full: the rows that are left over (fewer than a batch in the smallest split, others
+    in every epoch) wait for the next epoch. Padding comes last in every order, where no batch
+    reaches.
+    """
+    x, _, rows = data
+    drawn = jax.random.fold_in(key(member, split, TRAIN), epoch)
+    ranks = jax.random.uniform(drawn, x.shape[1:2])
+    order = jnp.argsort(jnp.where(jnp.arange(x.shape[1]) < rows[split], ranks, 2.0))
+    return order[: plan.steps * plan.batch_size].reshape(plan.steps, plan.batch_size)
 
 
 @contextmanager
