@@ -8,9 +8,10 @@ holds ``chunk_size`` samples however many are averaged. They differ in what they
 ``predict_samples``  what ``prob_fn`` returns for every sample, stacked
 ``predict_batches``  ``predict`` for every batch of an iterable
 
-``posterior`` is a ``SWAGState`` or any function from a key to weights. Options of ``sample`` go in
-with ``jax.tree_util.Partial(swagjax.sample, state=state, scale=0.5, like=params)``; ``like`` is
-what gives the samples the dtypes of the parameters, and the leaves that the state does not hold. A
+``posterior`` is a ``SWAGState``, a ``Mixture`` of several (as many samples from each), a set of
+``Points`` (each once), or any function from a key to weights. Options of ``sample`` go in with
+``jax.tree_util.Partial(swagjax.sample, state=state, scale=0.5, like=params)``; ``like`` is what
+gives the samples the dtypes of the parameters, and the leaves that the state does not hold. A
 Partial is a pytree, so a new state or scale in it compiles nothing anew. Functions are told apart
 by identity: define ``prob_fn``, or a function that stands for the posterior, once, not in the loop
 that calls ``predict``.
@@ -28,11 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swagjax import prng
+from swagjax import ensemble, prng
 from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
+from swagjax.ensemble import Mixture, Points
 from swagjax.posterior import check_collected, from_noise, sample
 from swagjax.transform import SWAGState, check_integer, widen
 
+_NUM_SAMPLES = 30
 _WEIGHTS_IN_FLIGHT = 1 << 30  # bytes of samples side by side on an accelerator, by default
 
 
@@ -42,7 +45,7 @@ def predict(
     prob_fn: Callable[..., Any],
     inputs: Any,
     *,
-    num_samples: int = 30,
+    num_samples: int = _NUM_SAMPLES,
     chunk_size: int | None = None,
     antithetic: bool = False,
     refresh: Refresh | None = None,
@@ -55,11 +58,14 @@ def predict(
     Args:
       key: one PRNG key; or in place of ``num_samples`` an array of keys, one for each sample (for
         each pair if ``antithetic``), sharded over devices to spread the samples over them.
-      posterior: a ``SWAGState``, or a function from a key to weights.
+      posterior: a ``SWAGState``; an ``ensemble.Mixture``, of whose M members each gives S / M
+        samples, those of the first before those of the second; ``ensemble.Points``, each of which
+        counts once; or a function from a key to weights.
       prob_fn: ``(params, inputs) -> outputs``, or with ``refresh``
         ``(params, inputs, statistics) -> outputs``.
       inputs: an array or a tree of arrays, handed to ``prob_fn`` as it is.
-      num_samples: S. For a SWA state, a point, 1 will do.
+      num_samples: S. For a SWA state, a point, 1 will do; for a mixture a multiple of M; for
+        points their number, which is also what they give by default.
       chunk_size: how many samples run side by side under ``vmap``. By default one at a time on
         CPU, where convolutions with a kernel per sample are slow, and elsewhere as many as fit
         1 GiB of weights; all of them where an array of keys is given.
@@ -100,7 +106,7 @@ def predict_log(
     log_prob_fn: Callable[..., Any],
     inputs: Any,
     *,
-    num_samples: int = 30,
+    num_samples: int = _NUM_SAMPLES,
     chunk_size: int | None = None,
     antithetic: bool = False,
     refresh: Refresh | None = None,
@@ -131,7 +137,7 @@ def predict_samples(
     prob_fn: Callable[..., Any],
     inputs: Any,
     *,
-    num_samples: int = 30,
+    num_samples: int = _NUM_SAMPLES,
     chunk_size: int | None = None,
     antithetic: bool = False,
     refresh: Refresh | None = None,
@@ -165,7 +171,7 @@ def predict_batches(
     prob_fn: Callable[..., Any],
     batches: Iterable[Any],
     *,
-    num_samples: int = 30,
+    num_samples: int = _NUM_SAMPLES,
     chunk_size: int | None = None,
     antithetic: bool = False,
     refresh: Refresh | None = None,
@@ -251,10 +257,12 @@ def _prepare(
     keys = prng.typed_keys(key)
     if keys.ndim > 1 or keys.size == 0:
         raise ValueError(f"key holds keys of shape {keys.shape}: give one, or one for each sample")
+    if keys.ndim:
+        _check_number(posterior, len(keys), f"key holds {len(keys)} keys")
     if chunk_size is None:
         chunk_size = len(keys) if keys.ndim else _default_chunk(posterior, keys)
     if not keys.ndim:
-        keys = _split(keys, num_samples, antithetic)
+        keys = _split(keys, _number(posterior, num_samples), antithetic)
     return _Run(posterior, _unjit(prob_fn), refresh, chunk_size, bool(antithetic)), keys
 
 
@@ -262,25 +270,36 @@ def _check_posterior(posterior: Any, antithetic: bool) -> None:
     for state in jax.tree.leaves(posterior, is_leaf=_is_state):
         if _is_state(state):
             check_collected(state)
-    if not (_is_state(posterior) or callable(posterior)):
+    if isinstance(posterior, Mixture | Points):
+        ensemble.size(posterior)  # raises where it is of no use
+    elif not (_is_state(posterior) or callable(posterior)):
         raise ValueError(
             f"posterior is a {type(posterior).__name__}: give a SWAGState, "
             "swagjax.get_state(opt_state), or a function from a key to weights"
         )
-    if _is_state(posterior):
-        _check_whole(posterior)
+    _check_whole(posterior)
     if antithetic:
         _state_and_like(posterior)  # raises where there is no mean
 
 
-def _check_whole(state: SWAGState) -> None:
+def _check_whole(posterior: Any) -> None:
     """Refuse a state with masked leaves: a model cannot run on its samples."""
-    paths = jax.tree.leaves_with_path(state.mean, is_leaf=_is_masked)
+    if isinstance(posterior, Points):
+        tree, way_out = posterior.params, "ensemble.Points(swagjax.iterates(state, like=params))"
+    elif isinstance(posterior, Mixture):
+        way_out = "jax.tree_util.Partial(swagjax.ensemble.sample, mixture=mixture, like=params)"
+        tree = posterior.mean
+    elif _is_state(posterior):
+        way_out = "jax.tree_util.Partial(swagjax.sample, state=state, like=params)"
+        tree = posterior.mean
+    else:
+        return
+    paths = jax.tree.leaves_with_path(tree, is_leaf=_is_masked)
     masked = [jax.tree_util.keystr(path) for path, leaf in paths if _is_masked(leaf)]
     if masked:
         raise ValueError(
             f"posterior holds no values at {masked[0]}, which was masked where it collected: give "
-            "jax.tree_util.Partial(swagjax.sample, state=state, like=params)"
+            f"{way_out}"
         )
 
 
@@ -308,6 +327,27 @@ def _check_inputs(inputs: Any) -> None:
         )
 
 
+def _number(posterior: Any, num_samples: int) -> int:
+    """How many samples to take; the default for a set of points is all of them."""
+    if isinstance(posterior, Points) and num_samples == _NUM_SAMPLES:
+        return ensemble.size(posterior)
+    number = check_integer("num_samples", num_samples, 1)
+    _check_number(posterior, number, f"num_samples={number}")
+    return number
+
+
+def _check_number(posterior: Any, number: int, given: str) -> None:
+    """Refuse a number of samples that does not give every member or point the same weight."""
+    if isinstance(posterior, Points) and number != (size := ensemble.size(posterior)):
+        raise ValueError(f"{given}, and posterior {size} points, each to count once: give {size}")
+    if isinstance(posterior, Mixture) and number % (size := ensemble.size(posterior)):
+        raise ValueError(
+            f"{given}, and posterior {size} members, each to give as many samples: give a "
+            f"multiple of {size}, such as {-(-number // size) * size}, or draw members at random "
+            "by jax.tree_util.Partial(swagjax.ensemble.sample, mixture=mixture)"
+        )
+
+
 def _split(key: jax.Array, num_samples: int, antithetic: bool) -> jax.Array:
     check_integer("num_samples", num_samples, 1)
     if antithetic and num_samples % 2:
@@ -318,7 +358,7 @@ def _split(key: jax.Array, num_samples: int, antithetic: bool) -> jax.Array:
 def _default_chunk(posterior: Any, key: jax.Array) -> int:
     if jax.default_backend() == "cpu":
         return 1
-    shapes = jax.tree.leaves(jax.eval_shape(functools.partial(_draw, posterior), key))
+    shapes = jax.tree.leaves(jax.eval_shape(functools.partial(_draw, posterior), key, 0))
     weights: int = sum(x.size * x.dtype.itemsize for x in shapes)
     return max(1, _WEIGHTS_IN_FLIGHT // max(1, weights))
 
@@ -352,10 +392,17 @@ def _program(
     merged = [a if o is None else o[1] for a, o in zip(arrays, static.leaves, strict=True)]
     run: _Run = jax.tree.unflatten(static.treedef, merged)
     evaluate = functools.partial(_evaluate, run, inputs)
-    chunk, rest = _chunked((keys, stats), run.chunk_size)
+    chunk, rest = _chunked((keys, _indices(run.posterior, len(keys)), stats), run.chunk_size)
     if reduction is None:
         return _stack(evaluate, chunk, rest)
     return _reduce(evaluate, chunk, rest, reduction, len(keys) * (1 + run.antithetic))
+
+
+def _indices(posterior: Any, number: int) -> Any:
+    """For each sample the member or the point that it comes from; None where there are none."""
+    if not isinstance(posterior, Mixture | Points):
+        return None
+    return jnp.arange(number) * ensemble.size(posterior) // number
 
 
 def _chunked(xs: Any, chunk_size: int) -> tuple[Any, Any]:
@@ -411,10 +458,10 @@ def _side_by_side(evaluate: Callable[[Any], Any], xs: Any) -> Any:
     return jax.tree.map(lambda x: x[None], out)
 
 
-def _evaluate(run: _Run, inputs: Any, x: tuple[jax.Array, Any]) -> Any:
+def _evaluate(run: _Run, inputs: Any, x: tuple[jax.Array, Any, Any]) -> Any:
     """Outputs of the sample of a key, or of the mirrored pair, stacked."""
-    key, stats = x
-    draws = [_draw(run.posterior, key)]
+    key, index, stats = x
+    draws = [_draw(run.posterior, key, index)]
     if run.antithetic:
         centre = _centre(*_state_and_like(run.posterior))
         draws.append(jax.tree.map(_mirror, centre, draws[0]))
@@ -469,7 +516,9 @@ def _mirror(mean: jax.Array, theta: jax.Array) -> jax.Array:
     return (2 * widen(mean) - widen(theta)).astype(theta.dtype)
 
 
-def _draw(posterior: Any, key: jax.Array) -> Any:
+def _draw(posterior: Any, key: jax.Array, index: Any) -> Any:
+    if isinstance(posterior, Mixture | Points):
+        return ensemble.draw(key, posterior, index)
     return sample(key, posterior) if _is_state(posterior) else posterior(key)
 
 

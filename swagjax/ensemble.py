@@ -5,24 +5,21 @@ With N(m_j, S_j) the Gaussians of M runs, all of the same weight::
     p(theta) = 1/M sum_j N(theta; m_j, S_j)
 
 The runs are trained apart, or side by side under one ``jax.vmap`` (:func:`swagjax.member_axes`);
-``mix`` makes a :class:`Mixture` of what they collected. A single run is the mixture of one.
-``sample`` is a function from a key to weights, and so a posterior for ``predict``::
+``mix`` makes a :class:`Mixture` of what they collected. A single run is the mixture of one. A
+mixture is a posterior for ``predict``, which takes the same number of samples from each member, as
+in the paper, and so leaves the chance of the draw of a member out of the average::
 
-    posterior = jax.tree_util.Partial(swagjax.ensemble.sample, mixture=mixture, like=params)
-    probs = swagjax.predict(key, posterior, prob_fn, inputs, refresh=refresh)
+    probs = swagjax.predict(key, mixture, prob_fn, inputs, num_samples=30, refresh=refresh)
 
-It draws the member anew for every sample. The same number of samples from each member, as in the
-paper, leaves the chance of that draw out of the average, and is an average of averages::
-
-    def prediction(j):
-        key_j, state = jax.random.fold_in(key, j), swagjax.ensemble.member(mixture, j)
-        return swagjax.predict(key_j, state, prob_fn, inputs, num_samples=6)
-
-    probs = sum(prediction(j) for j in range(5)) / 5
+``sample`` draws the member anew for every sample; options go in with
+``jax.tree_util.Partial(swagjax.ensemble.sample, mixture=mixture, scale=0.5, like=params)``.
 
 Members that are spread over devices predict, and are drawn from, where they are, where those that
-``sample`` chooses among are gathered on every device first: ``SWAGState(*mixture)`` is the stacked
-state, for ``jax.vmap`` over members, here ``vmap(swagjax.sample)(keys, SWAGState(*mixture))``.
+are chosen among are gathered on every device first: ``SWAGState(*mixture)`` is the stacked state,
+for ``jax.vmap`` over members, here ``vmap(swagjax.sample)(keys, SWAGState(*mixture))``.
+
+Weights that come from elsewhere, one by one, are :class:`Points`: iterates of one run, a deep
+ensemble, a Markov chain.
 
 Options are those of :mod:`swagjax.posterior` and hold for every member.
 
@@ -68,6 +65,28 @@ class Mixture(NamedTuple):
     mean: Any
     variance: Any
     deviations: Any
+
+
+class Points(NamedTuple):
+    """Weights that count the same, each once: a posterior for ``predict`` that draws nothing.
+
+    The snapshots of a cyclical learning rate, ``Points(swagjax.iterates(state))``, which make a
+    fast geometric ensemble; the networks of a deep ensemble; the samples of a Markov chain.
+    ``num_samples`` of ``predict`` is their number, and need not be given; the key draws nothing.
+
+    Attributes:
+      params: a tree like the parameters, with an axis of points before all others.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> points = swagjax.ensemble.Points({"w": jnp.array([1.0, 2.0, 6.0])})
+      >>> def double(params, x):
+      ...     return 2 * params["w"] * x
+      >>> print(swagjax.predict(jax.random.key(0), points, double, 1.0))
+      6.0
+    """
+
+    params: Any
 
 
 def mix(states: SWAGState | Sequence[SWAGState]) -> Mixture:
@@ -187,6 +206,49 @@ def sample(
     return _sample(prng.one_key(key), mixture, like, scale, min_variance, centering=centering)
 
 
+def size(posterior: Mixture | Points) -> int:
+    """How many members a mixture has, or how many points there are.
+
+    Raises:
+      ValueError: for a member that has collected nothing, points without a common axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import ensemble
+      >>> ensemble.size(ensemble.Points(jnp.zeros((4, 3))))
+      4
+    """
+    if not isinstance(posterior, Points):
+        _check(posterior)
+        return len(posterior.count)
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(posterior.params)}
+    if len(lengths) != 1 or not all(lengths) or (0,) in lengths:
+        found = ", ".join(sorted({str(jnp.shape(x)) for x in jax.tree.leaves(posterior.params)}))
+        raise ValueError(
+            f"the points have leaves of shape {found or 'none'}: give a tree like the parameters, "
+            "with one axis of points before all others in every leaf"
+        )
+    ((number,),) = lengths
+    return number
+
+
+def draw(key: jax.Array, posterior: Mixture | Points, index: chex.Numeric) -> Any:
+    """Weights from the Gaussian of one member, or one of the points, by its number from 0.
+
+    Of a mixture ``swagjax.sample(key, member(mixture, index))``, without a copy of the ring under
+    ``vmap``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from swagjax import ensemble
+      >>> print(ensemble.draw(jax.random.key(0), ensemble.Points(jnp.array([[1.0], [2.0]])), 1))
+      [2.]
+    """
+    if isinstance(posterior, Points):
+        return jax.tree.map(lambda x: _at(x, index), posterior.params)
+    return _sample_of(key, posterior, jnp.asarray(index), None, 1.0, 0.0, centering="running")
+
+
 def log_prob(
     mixture: Mixture,
     params: Any,
@@ -296,6 +358,20 @@ def _sample(
 ) -> Any:
     key_index, key = jax.random.split(key)
     index = jax.random.randint(key_index, (), 0, len(mixture.count))
+    return _sample_of(key, mixture, index, like, scale, min_variance, centering=centering)
+
+
+@functools.partial(jax.jit, static_argnames="centering")
+def _sample_of(
+    key: jax.Array,
+    mixture: Mixture,
+    index: jax.Array,
+    like: Any,
+    scale: chex.Numeric,
+    min_variance: chex.Numeric,
+    *,
+    centering: Centering,
+) -> Any:
     state = _member(mixture, index)  # of its ring nothing is read
     key1, key2 = jax.random.split(key)
     z1 = jax.tree.leaves(prng.normal_like(key1, jax.tree.map(widen, state.mean)))

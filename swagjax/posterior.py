@@ -51,6 +51,7 @@ from swagjax.gaussian import (
     noise_dtype,
     pooled,
     product,
+    recentring,
     size,
     sqrt,
     total,
@@ -202,6 +203,54 @@ def from_noise(
     _check_noise(state, z2)
     z2 = None if z2 is None else jnp.asarray(z2)
     return _from_noise(state, z1, z2, like, scale, min_variance, centering=centering)
+
+
+def iterates(state: SWAGState, *, like: Any = None) -> Any:
+    """The collected iterates themselves, as far as the ring holds them: the last K of n.
+
+    ``theta_i = theta_SWA + d_i - sum_{i < j <= n} d_j / (j - 1)`` with d_i the running deviations:
+    exact but for rounding. Around 1 in float32 the error is 4 units in the last place at worst for
+    a ring of 20, 11 for one of 100; in a ring of bfloat16 it is 1 % of the distance to theta_SWA.
+    Nothing is collected beside what SWAG collects; with a ``rank`` of at least n these are all of
+    the iterates. By :class:`swagjax.ensemble.Points` they are a posterior for ``predict``: a fast
+    geometric ensemble, if they are the snapshots of a cyclical learning rate.
+
+    Args:
+      state: what ``swag`` collected. After ``merge`` the iterates of both halves.
+      like: as in ``sample``; a leaf that the state does not hold is repeated for every iterate.
+
+    Returns:
+      A tree like the parameters, with leaves of shape ``(K, *leaf.shape)``, from the oldest to the
+      newest; K is the smaller of ``count`` and ``rank``. Inside ``jit``, where ``count`` is not
+      known, always ``rank`` of them, with NaN in place of those that were not collected.
+
+    Raises:
+      ValueError: for a state without deviations, or one that has collected nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> from swagjax.posterior import iterates
+      >>> tx, params = swagjax.swag(rank=3), jnp.array([0.0])
+      >>> state = tx.init(params)
+      >>> for update in (1.0, 3.0, 4.0, 8.0):
+      ...     _, state = tx.update(jnp.array([update]), state, params)
+      >>> print(iterates(state).T)
+      [[3. 4. 8.]]
+
+    Source: fast geometric ensembles, Garipov et al. 2018 (arXiv:1802.10026), algorithm 2.
+    """
+    check_collected(state)
+    rank = _rank(state)
+    if not rank:
+        raise ValueError(
+            "the state holds no deviations, and its iterates cannot be told from their mean: "
+            "collect by swagjax.swag(rank), with a rank of at least the number wanted"
+        )
+    number = min(rank, int(state.count)) if _concrete(state.count) else rank
+    thetas = _iterates(state, number)
+    if like is None:
+        return thetas
+    return jax.vmap(lambda theta: fill(theta, like), axis_size=number)(thetas)
 
 
 def log_prob(
@@ -468,6 +517,23 @@ def _from_noise(
     leaves = [x.astype(m.dtype) for x, m in zip(leaves, means, strict=True)]
     theta = jax.tree.unflatten(treedef, leaves)
     return theta if like is None else fill(theta, like)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _iterates(state: SWAGState, number: int) -> Any:
+    rank = _rank(state)
+    # Where the ring has gone round, its oldest row is the next to be overwritten.
+    oldest = jnp.where(state.count > rank, state.count % rank, 0)
+    order = jnp.arange(number, dtype=state.count.dtype)
+    weights = recentring(state.count, rank, noise_dtype(state))[(oldest + order) % rank]
+    held = order < state.count
+
+    def added(m: jax.Array, ring: jax.Array) -> jax.Array:
+        theta = widen(m)[None] + contract(weights, widen(ring)).astype(widen(m).dtype)
+        there = held.reshape(-1, *(1,) * m.ndim)
+        return jnp.where(there, theta, jnp.nan).astype(m.dtype)
+
+    return jax.tree.map(added, state.mean, state.deviations)
 
 
 @functools.partial(jax.jit, static_argnames=("centering", "join"))

@@ -1,10 +1,30 @@
-"""Learning-rate schedules that settle the iterates before they are collected."""
+"""Learning rates that settle the iterates before they are collected, or that go in cycles.
+
+``swa_schedule`` falls to a constant at which SWAG collects. ``cyclical_schedule`` goes in cycles,
+and ``at_minimum`` says after which steps its learning rate was lowest: a snapshot of each cycle. A
+fast geometric ensemble is three lines::
+
+    schedule = cyclical_schedule(0.05, 0.0005, cycle, start=start)
+    tx = optax.chain(
+        optax.sgd(schedule), swagjax.swag(rank, when=at_minimum(cycle, start=start))
+    )
+    probs = swagjax.predict(key, ensemble.Points(swagjax.iterates(state)), prob_fn, inputs)
+
+with ``rank`` at least the number of cycles, and ``state`` collected by ``tx``.
+"""
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+
+from swagjax.transform import check_integer
+
+Shape = Literal["triangular", "cosine"]
 
 
 def swa_schedule(
@@ -45,8 +65,9 @@ def swa_schedule(
     Uncertainty in Deep Learning", after Izmailov et al. (2018), "Averaging Weights Leads to Wider
     Optima and Better Generalization".
     """
-    _check_rate("init_value", init_value)
-    _check_rate("swa_value", swa_value)
+    rates = "try 0.05 for init_value and 0.01 for swa_value."
+    _check_rate("init_value", init_value, rates)
+    _check_rate("swa_value", swa_value, rates)
     if not 1 <= start < math.inf:
         raise ValueError(
             f"start is {start!r}, but must be a finite number of steps of 1 or more: multiply the "
@@ -68,9 +89,145 @@ def swa_schedule(
     return schedule
 
 
-def _check_rate(name: str, value: float) -> None:
+def cyclical_schedule(
+    max_value: float,
+    min_value: float,
+    cycle: int,
+    *,
+    shape: Shape = "triangular",
+    start: int = 0,
+) -> optax.Schedule:
+    """Learning rate in cycles, from ``max_value`` down to ``min_value`` and up again.
+
+    With i = 1, 2, ... the updates since ``start``, c = ``cycle`` and a_1, a_2 the two values::
+
+        triangular   t = ((i - 1) mod c + 1) / c
+                     (1 - 2 t) a_1 + 2 t a_2            for t <= 1/2
+                     (2 - 2 t) a_2 + (2 t - 1) a_1      for t > 1/2
+        cosine       t = ((i - 1) mod c) / c
+                     a_2 + (a_1 - a_2) (1 + cos(pi t)) / 2
+
+    The triangle is ``min_value`` at the c/2-th update of every cycle and ``max_value`` at its last.
+    The cosine begins every cycle at ``max_value`` and ends it just above ``min_value``, by
+    (pi / 2c)^2 of the difference; then it jumps. :func:`at_minimum` finds these steps.
+
+    Args:
+      max_value: a_1, the learning rate between two minima.
+      min_value: a_2, the learning rate to which it falls; 0 gives updates of nothing at the minima.
+      cycle: c, updates of a cycle; in steps, not in epochs. Even for the triangle.
+      shape: ``"triangular"``, of fast geometric ensembles, or ``"cosine"``, of cyclical SG-MCMC.
+      start: updates before the first cycle, at ``max_value``. For another way to warm up put it
+        before the cycles by ``optax.join_schedules([warm_up, cycles], [start])``, with a ``start``
+        of 0 here and the joint one in ``at_minimum``.
+
+    Returns:
+      A function from the step number (0 for the first update) to the learning rate, for any optax
+      optimizer.
+
+    Raises:
+      ValueError: a learning rate that is negative or not finite, ``min_value`` above ``max_value``,
+        a ``cycle`` below 2 or odd for the triangle, a negative ``start``, an unknown ``shape``.
+
+    Example:
+      >>> import swagjax
+      >>> schedule = swagjax.schedules.cyclical_schedule(1.0, 0.2, 4, start=2)
+      >>> [round(float(schedule(step)), 2) for step in range(10)]
+      [1.0, 1.0, 0.6, 0.2, 0.6, 1.0, 0.6, 0.2, 0.6, 1.0]
+      >>> cosine = swagjax.schedules.cyclical_schedule(1.0, 0.0, 4, shape="cosine")
+      >>> [round(float(cosine(step)), 2) for step in range(6)]
+      [1.0, 0.85, 0.5, 0.15, 1.0, 0.85]
+
+    Source: the triangle from Garipov et al. 2018 (arXiv:1802.10026), section 4; the cosine from
+    Zhang et al. 2020 (arXiv:1902.03932), equation 1, there with min_value = 0.
+    """
+    _check_rate("max_value", max_value, "try 0.05.")
+    _check_rate("min_value", min_value, "try 0.0005.")
+    if min_value > max_value:
+        raise ValueError(
+            f"min_value is {min_value!r} and max_value {max_value!r}: the first is the lower one, "
+            "give cyclical_schedule(max_value, min_value, cycle)."
+        )
+    cycle, _ = _check_cycle(cycle, shape)
+    start = check_integer("start", start, 0)
+
+    def schedule(step: ArrayLike) -> ArrayLike:
+        done = jnp.asarray(step) - start  # updates of the cycles before this one
+        passed = (done % cycle).astype(float) / cycle
+        if shape == "cosine":
+            share = (1 + jnp.cos(jnp.pi * passed)) / 2
+        else:
+            share = jnp.abs(2 * (passed + 1 / cycle) - 1)
+        return jnp.where(done < 0, max_value, min_value + (max_value - min_value) * share)
+
+    return schedule
+
+
+def at_minimum(
+    cycle: int, *, shape: Shape = "triangular", start: int = 0, last: int = 1
+) -> Callable[[jax.Array], jax.Array]:
+    """Whether the t-th update was taken at the minimum of ``cyclical_schedule``.
+
+    For ``when=`` of ``swagjax.swag``, which counts t = 1, 2, ... and collects the iterate after the
+    t-th update: for the triangle if ``(t - start) mod c = c / 2``, for the cosine if it is 0, the
+    end of a cycle. With ``last`` above 1 also after the updates before the minimum, as cyclical
+    SG-MCMC collects in the last part of every cycle.
+
+    Args:
+      cycle: c, as of the schedule.
+      shape: as of the schedule.
+      start: as of the schedule.
+      last: how many updates of each cycle, the one at the minimum being the last of them.
+
+    Returns:
+      A function from t to a boolean.
+
+    Raises:
+      ValueError: for a bad argument, or a ``last`` that reaches back before the cycle.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> t = jnp.arange(1, 13)
+      >>> print(t[swagjax.schedules.at_minimum(4, start=2)(t)])
+      [ 4  8 12]
+      >>> print(t[swagjax.schedules.at_minimum(4, shape="cosine", last=2)(t)])
+      [ 3  4  7  8 11 12]
+
+    Source: Garipov et al. 2018 (arXiv:1802.10026), algorithm 2; Zhang et al. 2020
+    (arXiv:1902.03932), algorithm 1, whose sampling stage r(k) >= beta is
+    ``last = floor((1 - beta) c)``.
+    """
+    cycle, lowest = _check_cycle(cycle, shape)
+    start, last = check_integer("start", start, 0), check_integer("last", last, 1)
+    if last > lowest:
+        raise ValueError(
+            f"last is {last}, but the {shape} cycle of {cycle} updates reaches its minimum after "
+            f"{lowest}: give 1 to {lowest}."
+        )
+
+    def due(t: jax.Array) -> jax.Array:
+        place = (t - start - 1) % cycle  # of the update in its cycle, from 0
+        return (t > start) & (lowest - last <= place) & (place < lowest)
+
+    return due
+
+
+def _check_cycle(cycle: int, shape: str) -> tuple[int, int]:
+    """The cycle, and after how many of its updates the minimum is reached."""
+    cycle = check_integer("cycle", cycle, 2)
+    if shape not in ("triangular", "cosine"):
+        raise ValueError(f"shape is {shape!r}: give 'triangular' or 'cosine'.")
+    if shape == "cosine":
+        return cycle, cycle
+    if cycle % 2:
+        raise ValueError(
+            f"cycle is {cycle}, but the triangular one is lowest at half of it: give an even "
+            f"number, such as {cycle + 1}."
+        )
+    return cycle, cycle // 2
+
+
+def _check_rate(name: str, value: float, advice: str) -> None:
     if not 0 <= value < math.inf:
         raise ValueError(
-            f"{name} is {value!r}, but a learning rate must be finite and not negative: "
-            "try 0.05 for init_value and 0.01 for swa_value."
+            f"{name} is {value!r}, but a learning rate must be finite and not negative: {advice}"
         )

@@ -6,13 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import swagjax
-from swagjax import batch_stats
+from swagjax import batch_stats, ensemble
+from swagjax.posterior import iterates
 
 TX = {"swag": swagjax.swag(3), "swag_diag": swagjax.swag_diag(), "swa": swagjax.swa()}
 UPDATE = {kind: jax.jit(tx.update) for kind, tx in TX.items()}  # eager ones compile each time
@@ -299,6 +301,194 @@ def test_swa_is_a_prediction_of_the_mean():
     state = collect("swa")
     got = swagjax.predict(KEY, state, probabilities, X, num_samples=3)
     np.testing.assert_allclose(got, probabilities(state.mean, X), rtol=1e-5)
+
+
+# --- Sets of points --------------------------------------------------------------------------
+
+SOME_CHUNKS = (2, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (1, 100)))
+
+
+def points(n=6, seed=3):
+    rng = np.random.default_rng(seed)
+    params = {"w": rng.normal(size=(n, 3, 2)), "b": rng.normal(size=(n, 2))}
+    return ensemble.Points(jax.tree.map(jnp.float32, params))
+
+
+def of_points(chosen, function):
+    rows = zip(chosen.params["w"], chosen.params["b"], strict=True)
+    return np.stack([np.asarray(function({"w": w, "b": b}, X), np.float64) for w, b in rows])
+
+
+@pytest.mark.parametrize("chunk_size", SOME_CHUNKS)
+def test_every_point_counts_once(chunk_size):
+    """In its order, whatever the chunk, whatever the key."""
+    chosen = points(5)
+    each_one = of_points(chosen, probabilities)
+    for key in (KEY, KEYS[:5]):
+        got = swagjax.predict_samples(key, chosen, probabilities, X, chunk_size=chunk_size)
+        np.testing.assert_allclose(got, each_one, rtol=1e-5)
+        mean = swagjax.predict(key, chosen, probabilities, X, chunk_size=chunk_size)
+        np.testing.assert_allclose(mean, each_one.mean(0), rtol=1e-5)
+    logs = swagjax.predict_log(KEY, chosen, log_probabilities, X, num_samples=5)
+    np.testing.assert_allclose(np.exp(logs), each_one.mean(0), rtol=1e-5)
+    (batch,) = swagjax.predict_batches(KEY, chosen, probabilities, [X], num_samples=5)
+    np.testing.assert_allclose(batch, each_one.mean(0), rtol=1e-5)
+
+
+def test_points_have_statistics_of_their_own():
+    """``refresh`` runs once for each point, for all batches together."""
+    chosen, calls = points(4), []
+
+    def refresh(params):
+        jax.debug.callback(lambda: calls.append(1))
+        return params["b"].sum()
+
+    def shifted(params, x, stats):
+        return logits(params, x) + stats
+
+    got = swagjax.predict_batches(KEY, chosen, shifted, [X, -X], chunk_size=1, refresh=refresh)
+    first, second = got
+    jax.effects_barrier()
+    assert len(calls) == 4
+    for batch, x in ((first, X), (second, -X)):
+        wanted = of_points(chosen, lambda p, _, x=x: logits(p, x) + p["b"].sum()).mean(0)
+        np.testing.assert_allclose(batch, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_iterates_of_a_state_are_a_posterior():
+    """What a fast geometric ensemble does: the plain average over the networks collected."""
+    rng = np.random.default_rng(5)
+    rows = [{"w": rng.normal(size=(3, 2)), "b": rng.normal(size=2)} for _ in range(3)]
+    rows = [jax.tree.map(jnp.float32, row) for row in rows]
+    state = TX["swag"].init(rows[0])
+    for row in rows:
+        _, state = UPDATE["swag"](jax.tree.map(jnp.zeros_like, row), state, row)
+    chosen = ensemble.Points(iterates(state))
+    got = swagjax.predict(KEY, chosen, probabilities, X)
+    wanted = np.mean([np.asarray(probabilities(row, X), np.float64) for row in rows], axis=0)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_keys_sharded_over_devices_spread_points_and_members():
+    """Same numbers as on one device."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    keys = jax.random.split(KEY, 8)
+    spread = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("d")))
+    for posterior in (points(8), ensemble.mix([collect(seed=m) for m in range(2)])):
+        got, wanted = (swagjax.predict(k, posterior, probabilities, X) for k in (spread, keys))
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+# --- Mixtures --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", SOME_CHUNKS)
+def test_every_member_gives_as_many_samples(chunk_size):
+    """Those of the first before those of the second, as drawn from the member alone."""
+    states = [collect(seed=m, count=4 + m) for m in range(3)]
+    got = swagjax.predict_samples(KEYS[:6], ensemble.mix(states), weights, X, chunk_size=chunk_size)
+    for i, key in enumerate(KEYS[:6]):
+        wanted = swagjax.sample(key, states[i // 2])
+        for name in wanted:
+            np.testing.assert_allclose(got[name][i], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_mixture_predicts_as_its_members_do():
+    """The average of averages; and a mixture of one is its state, with every key."""
+    states = [collect(seed=m) for m in range(2)]
+    mixture, keys = ensemble.mix(states), KEYS[:6]
+    got = swagjax.predict(keys, mixture, probabilities, X)
+    each_half = zip(states, (keys[:3], keys[3:]), strict=True)
+    wanted = np.mean([each(k, state, probabilities, X).mean(0) for state, k in each_half], axis=0)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    logs = swagjax.predict_log(keys, mixture, log_probabilities, X)
+    np.testing.assert_allclose(np.exp(logs), wanted, rtol=1e-5)
+    (batch,) = swagjax.predict_batches(keys, mixture, probabilities, [X])
+    np.testing.assert_allclose(batch, wanted, rtol=1e-5)
+    alone, one = (
+        swagjax.predict(KEY, posterior, probabilities, X)
+        for posterior in (states[0], ensemble.mix(states[:1]))
+    )
+    np.testing.assert_allclose(one, alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_mixtures_and_points_compile_once():
+    prob_fn, traces = traced_by(probabilities)
+    for make in (points, lambda seed: ensemble.mix([collect(seed=seed), collect(seed=9)])):
+        traces.clear()
+        swagjax.predict(KEY, make(seed=0), prob_fn, X, num_samples=6)
+        seen = len(traces)
+        assert seen
+        for seed in (1, 2):
+            swagjax.predict(jax.random.key(seed), make(seed=seed), prob_fn, X, num_samples=6)
+        assert len(traces) == seen
+
+
+def masked(tree):
+    return {**tree, "b": optax.MaskedNode()}
+
+
+def masked_mixture():
+    state = collect()
+    held = {field: masked(getattr(state, field)) for field in ("mean", "variance", "deviations")}
+    return ensemble.mix([state._replace(**held)] * 2)
+
+
+NUMBERED = {
+    "samples that do not divide": (
+        lambda: (KEY, ensemble.mix([collect(seed=m) for m in range(4)]), {}),
+        r"num_samples=30, and posterior 4 members.*give a multiple of 4, such as 32.*Partial",
+    ),
+    "keys that do not divide": (
+        lambda: (KEYS, ensemble.mix([collect(), collect()]), {}),
+        r"key holds 7 keys, and posterior 2 members.*a multiple of 2, such as 8",
+    ),
+    "fewer samples than points": (
+        lambda: (KEY, points(6), {"num_samples": 4}),
+        r"num_samples=4, and posterior 6 points, each to count once: give 6",
+    ),
+    "more keys than points": (
+        lambda: (KEYS, points(6), {}),
+        r"key holds 7 keys, and posterior 6 points, each to count once: give 6",
+    ),
+    "points as a float": (
+        lambda: (KEY, points(6), {"num_samples": 6.5}),
+        r"num_samples=6\.5: give",
+    ),
+    "points without a common axis": (
+        lambda: (KEY, ensemble.Points({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}), {}),
+        r"points have leaves of shape \(2, 3\), \(3,\): give a tree .* one axis of points",
+    ),
+    "a single point": (lambda: (KEY, ensemble.Points({"b": jnp.zeros(())}), {}), r"of shape \(\)"),
+    "no points": (lambda: (KEY, points(0), {}), r"points have leaves of shape \(0, 2\)"),
+    "an empty tree": (lambda: (KEY, ensemble.Points({}), {}), "points have leaves of shape none"),
+    "mirrored points": (
+        lambda: (KEY, points(6), {"antithetic": True}),
+        "antithetic=True: give a SWAGState",
+    ),
+    "masked members": (
+        lambda: (KEY, masked_mixture(), {}),
+        r"posterior holds no values at \['b'\].*swagjax\.ensemble\.sample, mixture=mixture, like",
+    ),
+    "masked points": (
+        lambda: (KEY, ensemble.Points(masked(points().params)), {}),
+        r"posterior holds no values at \['b'\].*iterates\(state, like=params\)",
+    ),
+    "a member that has collected nothing": (
+        lambda: (KEY, ensemble.mix([collect()] * 2)._replace(count=jnp.array([3, 0])), {}),
+        r"the members \[1\] have collected no iterate",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NUMBERED.values(), ids=NUMBERED)
+def test_wrong_mixtures_and_points_are_answered(make, message):
+    key, posterior, options = make()
+    with pytest.raises(ValueError, match=message):
+        swagjax.predict(key, posterior, probabilities, X, **options)
 
 
 # --- Errors ----------------------------------------------------------------------------------

@@ -230,9 +230,11 @@ def test_a_draw_holds_no_member_beside_the_sample():
     leaf, members, rank = jnp.zeros(1 << 16), 4, 20
     one = swagjax.swag(rank).init(leaf)._replace(count=jnp.int32(30))
     mixture, keys = ensemble.mix([one] * members), jax.random.split(KEY, 8)
+    of_each, index = jax.vmap(ensemble.draw, (0, None, 0)), jnp.arange(8) // 2
     for draw, key, samples in [
         (ensemble.sample, KEY, 1),
         (jax.vmap(ensemble.sample, (0, None)), keys, len(keys)),
+        (lambda keys, mixture: of_each(keys, mixture, index), keys, len(keys)),
     ]:
         compiled = jax.jit(draw).lower(key, mixture).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 3 * samples * leaf.nbytes
@@ -292,14 +294,15 @@ def test_predict_averages_over_members():
     np.testing.assert_allclose(batched, got, rtol=1e-6)
 
 
-def test_the_average_of_the_members_predictions_leaves_nothing_to_chance():
-    mixture = ensemble.mix(states("swa"))
+@pytest.mark.slow
+def test_a_mixture_as_a_posterior_leaves_nothing_to_chance():
+    """As many samples of each member: of points the plain average, whatever the key."""
     wanted = np.mean([prob_fn(s.mean, INPUTS) for s in states("swa")], axis=0)
-    one_by_one = sum(
-        swagjax.predict(KEY, ensemble.member(mixture, m), prob_fn, INPUTS, num_samples=1)
-        for m in range(3)
-    )
-    np.testing.assert_allclose(one_by_one / 3, wanted, rtol=1e-6)
+    mixture = ensemble.mix(states("swa"))
+    got = swagjax.predict(KEY, mixture, prob_fn, INPUTS, num_samples=6)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    points = ensemble.Points(mixture.mean)
+    np.testing.assert_allclose(swagjax.predict(KEY, points, prob_fn, INPUTS), wanted, rtol=1e-6)
 
 
 class BatchNormed(nn.Module):

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import swagjax
+from swagjax.posterior import iterates
 
 RANK = 4
 # Below, at and above the rank; 5 to 8 leave the next row of the ring at each of its offsets.
@@ -392,6 +393,94 @@ def test_regression_parameters_paired_by_traversal_order(x64):
     again = swagjax.sample(jax.random.key(0), state, like=swapped)
     np.testing.assert_array_equal(again["x"], theta["x"])
     np.testing.assert_array_equal(again["y"], theta["y"])
+
+
+# --- Iterates --------------------------------------------------------------------------------
+
+
+def walk(count, size=7, dtype=np.float32):
+    """A random walk, and the leaves of a tree that its rows are cut into."""
+    path = 1 + np.random.default_rng(count).normal(size=(count, size)).cumsum(0).astype(dtype)
+    return {"a": path[:, :6].reshape(count, 2, 3), "b": path[:, 6]}
+
+
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_iterates_are_those_collected_from_the_oldest(x64, count):
+    wanted = walk(count, dtype=np.float64)
+    got = iterates(collect(TX["swag"], wanted))
+    for name, path in wanted.items():
+        assert got[name].shape == (min(count, RANK), *path.shape[1:])
+        np.testing.assert_allclose(got[name], path[-RANK:], rtol=1e-13)
+
+
+def test_iterates_inside_jit_are_nan_where_none_was_collected():
+    for count in (2, 4, 7):
+        wanted = walk(count)
+        state = collect(TX["swag"], wanted)
+        got = jax.jit(iterates)(state)
+        for name, path in wanted.items():
+            held = min(count, RANK)
+            assert got[name].shape[0] == RANK
+            np.testing.assert_allclose(got[name][:held], path[-RANK:], rtol=3e-6)
+            assert np.isnan(got[name][held:]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "ulps"), [(20, 8), (100, 16)])
+@pytest.mark.parametrize("spread", [1e-4, 1e-2])
+def test_iterates_lose_few_digits(rank, ulps, spread):
+    """Of weights around 1 in float32: units in the last place, whatever their spread."""
+    rng = np.random.default_rng(0)
+    path = (1 + spread * rng.normal(size=(150, 300))).astype(np.float32)
+    state = collect(swagjax.swag(rank), path)
+    error = np.abs(np.asarray(iterates(state), np.float64) - path[-rank:])
+    assert 0 < error.max() < ulps * np.finfo(np.float32).eps
+
+
+@pytest.mark.slow
+def test_iterates_of_a_ring_of_bfloat16_are_off_by_their_rounding():
+    path = 1 + 0.1 * np.random.default_rng(0).normal(size=(30, 300)).astype(np.float32)
+    state = collect(swagjax.swag(20, deviation_dtype=jnp.bfloat16), path)
+    error = np.abs(np.asarray(iterates(state)) - path[-20:]).max()
+    assert 1e-4 < error < 0.02 * 0.1  # of a spread of 0.1
+
+
+@pytest.mark.slow
+def test_iterates_of_a_merged_state_are_those_of_both_halves():
+    first, second = (collect(TX["swag"], {"w": walk(n)["a"]}) for n in (2, 3))
+    got = iterates(swagjax.merge(first, second))["w"]
+    wanted = np.concatenate([walk(2)["a"], walk(3)["a"]])[-RANK:]
+    order = lambda rows: np.asarray(rows)[np.argsort(rows[:, 0, 0])]  # noqa: E731
+    np.testing.assert_allclose(order(got), order(wanted), rtol=1e-5)
+
+
+def test_iterates_take_the_dtypes_and_the_holes_of_like():
+    params = {"free": jnp.ones((2, 2), jnp.bfloat16), "frozen": jnp.full(3, 5.0)}
+    tx = optax.masked(swagjax.swag(3), {"free": True, "frozen": False})
+    state = run_masked(tx, params)
+    got = iterates(state, like=params)
+    assert got["free"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got["free"][:, 0, 0], [1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(got["frozen"], np.full((3, 3), 5.0))
+    assert isinstance(iterates(state)["frozen"], optax.MaskedNode)
+
+
+def test_iterates_that_were_not_finite_are_not_among_them():
+    path = walk(4)["a"]
+    path[1] = np.inf
+    got = iterates(collect(TX["swag"], {"w": path}))["w"]
+    np.testing.assert_allclose(got, path[[0, 2, 3]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["swag_diag", "swa"])
+def test_iterates_ask_for_deviations(kind):
+    state = collect(TX[kind], walk(3))
+    with pytest.raises(ValueError, match=r"holds no deviations.*collect by swagjax\.swag\(rank\)"):
+        iterates(state)
+    with pytest.raises(ValueError, match="collected no iterate"):
+        iterates(TX["swag"].init(template(np.float32)))
+    empty = jax.jit(iterates)(TX["swag"].init(template(np.float32)))
+    assert np.isnan(oracle.flatten(empty)).all()
 
 
 # --- Densities -------------------------------------------------------------------------------
