@@ -1,4 +1,4 @@
-"""Pictures of what metrics and diagnostics return: arrays and an optional Axes in, the Axes out.
+"""Pictures of what metrics, diagnostics and surface return: arrays and an Axes in, the Axes out.
 
 The only room that imports matplotlib (``pip install swagjax[plot]``). Nothing is shown or saved,
 and a figure is made only where no Axes is given. Curves differ in colour (the palette of Okabe and
@@ -13,7 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import cbook
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike, NDArray
@@ -243,6 +245,212 @@ def captured_variance(
     return ax
 
 
+def loss_surface(
+    x: ArrayLike,
+    y: ArrayLike,
+    values: ArrayLike,
+    *,
+    top: float | None = None,
+    num_levels: int = 10,
+    decades: float = 3.0,
+    ax: Axes | None = None,
+    label: str = "loss",
+) -> Axes:
+    """Draw the loss on a plane through weight space, by contours that are dense near its minimum.
+
+    Their heights above the least value m grow by one ratio, over so many decades:
+    ``m + (top - m) 10^(-decades (1 - i / (n - 1)))``, i = 0 ... n - 1, so that the optimum shows
+    form where an even spacing would show its walls alone. What is higher than ``top``, or not
+    finite, has the last colour.
+
+    Args:
+      x: first coordinates, shape ``(H, W)``, as ``surface.grid`` and ``numpy.meshgrid`` make them.
+      y: second coordinates, likewise.
+      values: the loss, or an error, at these points, shape ``(H, W)``.
+      top: the highest contour; by default the greatest value.
+      num_levels: n, the number of contours.
+      decades: the lowest is ``10^-decades`` of the way up; less for an error of few images.
+      ax: where to draw; without it a new figure is made.
+      label: what is drawn, with its unit; it stands beside the colours.
+
+    Returns:
+      The Axes, of one scale in both directions.
+
+    Raises:
+      ValueError: arrays of different shapes or not two-dimensional, values none of which is
+        finite or that are all alike, a ``top`` not above the least one, fewer than two contours,
+        ``decades`` that are not above zero.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("Agg")
+      >>> import numpy as np
+      >>> from swagjax import plot
+      >>> x, y = np.meshgrid(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5))
+      >>> ax = plot.loss_surface(x, y, x**2 + y**2, label="train loss (nats)")
+      >>> ax = plot.plane_points([[0.0, 0.0]], ax=ax, label="SWA")
+      >>> ax = plot.posterior_ellipse([0.0, 0.0], [[0.1, 0.0], [0.0, 0.2]], ax=ax, label="SWAG")
+      >>> [text.get_text() for text in ax.get_legend().get_texts()]
+      ['SWA', 'SWAG, 1 to 3 standard deviations']
+
+    Source: Garipov et al. (2018), "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs",
+    figure 1; Izmailov et al. (2018), "Averaging Weights Leads to Wider Optima and Better
+    Generalization", figure 1.
+    """
+    heights, levels = _read_surface(x, y, values, top, num_levels, decades)
+    ax = _new_axes() if ax is None else ax
+    norm = BoundaryNorm(levels, 256, extend="both")
+    drawn = ax.contourf(x, y, heights, levels, cmap="viridis", norm=norm, extend="both")
+    ax.contour(x, y, heights, levels, colors="black", linewidths=0.4, alpha=0.6)
+    bar = ax.figure.colorbar(drawn, ax=ax, label=label, ticks=levels, spacing="uniform")
+    bar.ax.set_yticklabels([f"{level:.3g}" for level in levels])
+    ax.set(xlabel="distance in weight space", ylabel="distance in weight space", aspect="equal")
+    # What is drawn over it may reach further.
+    ax.set(xlim=(np.min(x), np.max(x)), ylim=(np.min(y), np.max(y)))
+    _title(ax, "Loss surface")
+    return ax
+
+
+def plane_points(
+    points: ArrayLike, *, ax: Axes | None = None, label: str | None = None, **kwargs: Any
+) -> Axes:
+    """Mark weights on a plane: SGD, SWA, or the iterates of a run, joined in their order.
+
+    Args:
+      points: coordinates, shape ``(N, 2)``, or ``(2,)`` for a single point: those of
+        ``surface.coordinates`` or the ``points`` of a plane. NaNs are left out.
+      ax: where to draw; without it a new figure is made.
+      label: name in the legend, which stands below the Axes.
+      **kwargs: passed to ``Axes.plot``; they replace the style that is chosen by turns.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: for coordinates of another shape.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("Agg")
+      >>> from swagjax import plot
+      >>> ax = plot.plane_points([[0.0, 1.0], [2.0, 3.0]], label="iterates")
+      >>> ax.lines[0].get_xydata().tolist()
+      [[0.0, 1.0], [2.0, 3.0]]
+    """
+    xy: NDArray[np.float64] = np.atleast_2d(np.asarray(points, np.float64))
+    if xy.ndim != 2 or xy.shape[1] != 2:
+        raise ValueError(f"points have shape {np.shape(points)}, but must have (N, 2).")
+    ax = _new_axes() if ax is None else ax
+    style: dict[str, Any] = {"path_effects": _outline("white"), "zorder": 4} | _style(ax, kwargs)
+    ax.plot(*xy[~np.isnan(xy).any(1)].T, label=label, gid="curve", **style)
+    if label is not None:
+        _legend_below(ax)
+    return ax
+
+
+def posterior_ellipse(
+    mean: ArrayLike,
+    covariance: ArrayLike,
+    *,
+    sigmas: tuple[float, ...] = (1.0, 2.0, 3.0),
+    ax: Axes | None = None,
+    label: str | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Draw a posterior's shadow on a plane: the ellipses of so many standard deviations.
+
+    Those of k hold ``1 - exp(-k^2 / 2)`` of the projected samples: .39, .86 and .99.
+
+    Args:
+      mean: its centre, shape ``(2,)``, that field of ``surface.project``.
+      covariance: shape ``(2, 2)``, likewise; may be of rank one or zero.
+      sigmas: standard deviations, one ellipse each.
+      ax: where to draw; without it a new figure is made.
+      label: name in the legend, which stands below the Axes.
+      **kwargs: passed to ``Axes.plot``.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: for other shapes, numbers that are not finite, a covariance that is none.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("Agg")
+      >>> from swagjax import plot
+      >>> ax = plot.posterior_ellipse([1.0, 2.0], [[4.0, 0.0], [0.0, 1.0]], sigmas=(2.0,))
+      >>> print(ax.lines[0].get_xydata().max(0).round(2))
+      [5. 4.]
+    """
+    centre, root = _read_gaussian(mean, covariance)
+    ax = _new_axes() if ax is None else ax
+    angle = np.linspace(0.0, 2 * np.pi, 181)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    style: dict[str, Any] = {"color": "white", "linestyle": "--", "linewidth": 1.3, "zorder": 3}
+    style["path_effects"] = _outline("black")
+    style |= cbook.normalize_kwargs(kwargs, Line2D)
+    name = None if label is None else f"{label}, {_span(sigmas)}"
+    for i, sigma in enumerate(sigmas):
+        edge = centre[:, None] + sigma * root @ circle
+        ax.plot(*edge, label="_" if i else name, gid="ellipse", **style)
+    if label is not None:
+        _legend_below(ax)
+    return ax
+
+
+def loss_profile(
+    position: ArrayLike,
+    values: ArrayLike,
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Draw the loss along a ray or a curve; of several rays the mean, and their range as a band.
+
+    Call it once per ray or curve on one Axes to compare. How wide an optimum is shows along rays,
+    whether two are connected along curves.
+
+    Args:
+      position: distances along rays, or t along curves, shape ``(N,)``.
+      values: the loss there, shape ``(N,)``, or ``(R, N)`` for R rays.
+      ax: where to draw; without it a new figure is made.
+      label: name of the curve in the legend, which stands below the Axes.
+      **kwargs: passed to ``Axes.plot``; they replace the style that is chosen by turns.
+
+    Returns:
+      The Axes.
+
+    Raises:
+      ValueError: for arrays that do not match.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("Agg")
+      >>> from swagjax import plot
+      >>> ax = plot.loss_profile([0.0, 1.0, 2.0], [[0.1, 0.2, 0.6], [0.1, 0.4, 0.8]], label="SWA")
+      >>> print(ax.lines[0].get_ydata().round(2))
+      [0.1 0.3 0.7]
+
+    Source: Izmailov et al. (2018), section 4.3; Garipov et al. (2018), figure 2.
+    """
+    at: NDArray[np.float64] = np.asarray(position, np.float64)
+    rows: NDArray[np.float64] = np.atleast_2d(np.asarray(values, np.float64))
+    if at.ndim != 1 or rows.ndim != 2 or rows.shape[1:] != at.shape:
+        raise ValueError(
+            f"position and values have shapes {at.shape} and {np.shape(values)}, but must have "
+            "(N,) and (N,) or (R, N)."
+        )
+    ax = _new_axes() if ax is None else ax
+    style: dict[str, Any] = {"markevery": max(1, len(at) // 10)} | _style(ax, kwargs)
+    (line,) = ax.plot(at, rows.mean(0), label=label, gid="curve", **style)
+    if len(rows) > 1:
+        colour = line.get_color()
+        ax.fill_between(at, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0)
+    ax.set(xlabel="position along the path", ylabel="loss")
+    _title(ax, "Loss along a path")
+    if label is not None:
+        _legend_below(ax)
+    return ax
+
+
 def _new_axes() -> Axes:
     return plt.subplots(layout="constrained")[1]
 
@@ -372,3 +580,65 @@ def _read_entropies(name: str, entropy: ArrayLike, num_classes: int | None) -> N
             f"0 and {top:g} nats (log num_classes): are they in bits, or is num_classes another?"
         )
     return values.clip(min=0.0)
+
+
+def _outline(color: str) -> list[Any]:
+    """What makes a line show on any colour, and in the legend."""
+    return [withStroke(linewidth=3.0, foreground=color)]
+
+
+def _read_surface(
+    x: ArrayLike,
+    y: ArrayLike,
+    values: ArrayLike,
+    top: float | None,
+    num_levels: int,
+    decades: float,
+) -> tuple[NDArray[np.float64], list[float]]:
+    """Heights that can be drawn, and the levels of the contours."""
+    heights: NDArray[np.float64] = np.asarray(values, np.float64)
+    shapes = (np.shape(x), np.shape(y), heights.shape)
+    if heights.ndim != 2 or len(set(shapes)) != 1 or min(heights.shape) < 2:
+        raise ValueError(
+            f"x, y and values have shapes {shapes[0]}, {shapes[1]} and {shapes[2]}, but must have "
+            "one of two axes: x, y = surface.grid(plane)."
+        )
+    if num_levels < 2 or not 0 < decades < math.inf:
+        raise ValueError(
+            f"num_levels is {num_levels!r} and decades {decades!r}, but they must be 2 or more and "
+            "above zero: try 10 and 3."
+        )
+    known = heights[np.isfinite(heights)]
+    least = known.min() if known.size else math.nan
+    highest = float(top if top is not None else known.max() if known.size else math.nan)
+    if not highest > least:
+        raise ValueError(
+            f"top is {highest:g} and the least of {known.size} finite values {least:g}, but top "
+            "must be above it: contours take values that differ."
+        )
+    above = np.where(np.isfinite(heights), np.minimum(heights, 2 * highest - least), np.nan)
+    drawn = np.where(np.isnan(above), 2 * highest - least, above)
+    return drawn, (least + (highest - least) * np.logspace(-decades, 0, num_levels)).tolist()
+
+
+def _read_gaussian(
+    mean: ArrayLike, covariance: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The mean, and a square root of the covariance."""
+    centre: NDArray[np.float64] = np.asarray(mean, np.float64)
+    spread: NDArray[np.float64] = np.asarray(covariance, np.float64)
+    finite = np.isfinite(centre).all() and np.isfinite(spread).all()
+    if centre.shape != (2,) or spread.shape != (2, 2) or not finite:
+        raise ValueError(
+            f"mean {centre.tolist()} and covariance {spread.tolist()} must be finite, of shapes "
+            "(2,) and (2, 2): pass the fields of surface.project on a plane."
+        )
+    sizes, axes = np.linalg.eigh(spread)
+    if sizes.min() < -1e-4 * abs(sizes).max() or not np.allclose(spread, spread.T, rtol=1e-3):
+        raise ValueError(f"covariance {spread.tolist()} is not symmetric and positive.")
+    return centre, axes * np.sqrt(np.maximum(sizes, 0.0))
+
+
+def _span(sigmas: tuple[float, ...]) -> str:
+    many = f"{min(sigmas):g} to {max(sigmas):g}" if len(sigmas) > 1 else f"{sigmas[0]:g}"
+    return f"{many} standard deviation{'' if sigmas == (1.0,) else 's'}"

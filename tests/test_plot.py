@@ -11,11 +11,15 @@ import pytest
 from matplotlib.colors import to_hex
 
 import swagjax
-from swagjax import metrics
+from swagjax import metrics, surface
 from swagjax.plot import (
     autocorrelation,
     captured_variance,
     entropy_histograms,
+    loss_profile,
+    loss_surface,
+    plane_points,
+    posterior_ellipse,
     reliability_diagram,
 )
 
@@ -169,8 +173,25 @@ def draw_captured_variance(ax=None):
     return captured_variance([0.6, 0.9, 1.0], ax=ax, label="SWAG")
 
 
+def draw_plane(ax=None):
+    ax = loss_surface(*bowl(), ax=ax)
+    return posterior_ellipse([0.0, 0.0], np.eye(2), ax=plane_points([1, 1], ax=ax), label="SWAG")
+
+
+def draw_profile(ax=None):
+    return loss_profile([0.0, 1.0], [[0.1, 0.2], [0.1, 0.3]], ax=ax, label="SWA")
+
+
 @pytest.mark.parametrize(
-    "draw", [draw_reliability, draw_entropies, draw_autocorrelation, draw_captured_variance]
+    "draw",
+    [
+        draw_reliability,
+        draw_entropies,
+        draw_autocorrelation,
+        draw_captured_variance,
+        draw_plane,
+        draw_profile,
+    ],
 )
 class TestAll:
     def test_the_legend_covers_neither_data_nor_label(self, draw):
@@ -353,3 +374,117 @@ def test_rows_that_are_none(draw, values, message):
     with pytest.raises(ValueError, match=message + r".*one-dimensional.*of one diagnostics\."):
         draw(values)
     assert not plt.get_fignums()
+
+
+def bowl(num=7):
+    """A paraboloid of height 1 at the middle, 5.5 at the corners."""
+    x, y = np.meshgrid(np.linspace(-3, 3, num), np.linspace(-3, 3, num))
+    return x, y, 1 + (x**2 + y**2) / 4
+
+
+def filled(ax):
+    """The filled contours: levels, and what stands at each of them in the colour bar."""
+    bands = ax.collections[0]
+    bar = next(other for other in ax.figure.axes if other is not ax)
+    return bands.levels, [float(tick.get_text()) for tick in bar.get_yticklabels()]
+
+
+def test_contours_are_dense_near_the_least_loss():
+    ax = loss_surface(*bowl(), num_levels=4, decades=3.0, label="train loss (nats)")
+    levels, ticks = filled(ax)
+    np.testing.assert_allclose(levels, 1 + 4.5 * np.array([1e-3, 1e-2, 1e-1, 1]))
+    np.testing.assert_allclose(ticks, levels, rtol=5e-3)
+    assert ax.get_aspect() == 1
+    assert ax.get_xlabel() == ax.get_ylabel() == "distance in weight space"
+    levels, _ = filled(loss_surface(*bowl(), top=2.0, num_levels=2, decades=1.0))
+    np.testing.assert_allclose(levels, [1.1, 2.0])
+
+
+def test_contours_stand_where_the_loss_has_their_height():
+    ax = loss_surface(*bowl(61), num_levels=3, decades=0.5)
+    lines = ax.collections[1]
+    for level, path in zip(lines.levels, lines.get_paths(), strict=True):
+        radius = np.hypot(*path.vertices.T)
+        np.testing.assert_allclose(radius, 2 * np.sqrt(level - 1), atol=5e-3)
+
+
+def test_what_is_not_finite_is_drawn_as_high():
+    x, y, z = bowl()
+    z[0, 0], z[0, 1], z[1, 0] = np.nan, np.inf, 1e30
+    ax = loss_surface(x, y, z, top=4.0)
+    assert ax.collections[0].zmax <= 2 * 4.0
+    assert filled(ax)[0][-1] == 4.0
+    assert png(ax)
+
+
+def test_what_lies_beyond_the_surface_moves_no_limit():
+    ax = posterior_ellipse([0.0, 0.0], 100 * np.eye(2), ax=loss_surface(*bowl()))
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-3, 3), (-3, 3))
+
+
+def test_points_are_joined_in_their_order_and_nans_left_out():
+    ax = plane_points([[0, 1], [np.nan, np.nan], [3, 2]], label="iterates")
+    plane_points([5.0, 6.0], ax=ax, label="SWA", marker="*", color="red")
+    first, second = curves(ax)
+    np.testing.assert_allclose(first.get_xydata(), [[0, 1], [3, 2]])
+    np.testing.assert_allclose(second.get_xydata(), [[5, 6]])
+    assert (second.get_marker(), second.get_color()) == ("*", "red")
+
+
+def test_ellipses_are_those_of_the_gaussian():
+    covariance = np.array([[2.0, 1.2], [1.2, 1.0]])
+    ax = posterior_ellipse([1.0, -1.0], covariance, label="SWAG")
+    edges = [line for line in ax.lines if line.get_gid() == "ellipse"]
+    for sigma, edge in zip((1, 2, 3), edges, strict=True):
+        away = edge.get_xydata() - [1.0, -1.0]
+        squares = np.sum(away * np.linalg.solve(covariance, away.T).T, 1)
+        np.testing.assert_allclose(squares, sigma**2)
+        spread = np.sqrt(np.diag(covariance))
+        np.testing.assert_allclose(away.max(0), sigma * spread, rtol=1e-3)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["SWAG, 1 to 3 standard deviations"]
+    flat = posterior_ellipse([0.0, 0.0], [[4.0, 0.0], [0.0, 0.0]], sigmas=(1.0,), label="one")
+    assert flat.get_legend().get_texts()[0].get_text() == "one, 1 standard deviation"
+    np.testing.assert_allclose(flat.lines[0].get_xydata().max(0), [2, 0], atol=1e-3)
+
+
+def test_a_profile_is_the_mean_of_the_rays_with_their_range():
+    ax = loss_profile([0, 1, 2], [[1, 2, 3], [1, 4, 9]], label="SWA")
+    (curve,), (band,) = curves(ax), ax.collections
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 1], [1, 3], [2, 6]])
+    corners = {tuple(v) for v in band.get_paths()[0].vertices}
+    assert {(1, 2), (1, 4), (2, 3), (2, 9)} <= corners
+    loss_profile([0, 1, 2], [5, 6, 7], ax=ax, label="SGD")
+    assert len(ax.collections) == 1  # of a single curve there is no range
+    assert curves(ax)[1].get_color() != curve.get_color()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: loss_surface([0, 1], [0, 1], [0, 1]), r"shapes \(2,\), \(2,\) and \(2,\)"),
+        (lambda: loss_surface(*bowl()[:2], np.ones((7, 6))), r"\(7, 7\) and \(7, 6\)"),
+        (lambda: loss_surface(*bowl()[:2], np.ones((7, 7))), "least of 49 finite values 1"),
+        (lambda: loss_surface(*bowl()[:2], np.full((7, 7), np.nan)), "least of 0 finite values"),
+        (lambda: loss_surface(*bowl(), top=0.5), "top is 0.5 and the least of 49 .* 1,"),
+        (lambda: loss_surface(*bowl(), num_levels=1), "num_levels is 1 and decades 3.0"),
+        (lambda: loss_surface(*bowl(), decades=0.0), "decades 0.0"),
+        (lambda: plane_points([1.0, 2.0, 3.0]), r"points have shape \(3,\), but must have \(N, 2"),
+        (lambda: posterior_ellipse([1.0], [[1.0]]), r"of shapes \(2,\) and \(2, 2\)"),
+        (lambda: posterior_ellipse([0, np.nan], np.eye(2)), "must be finite"),
+        (lambda: posterior_ellipse([0, 0], [[1, 0], [0, -1]]), "not symmetric and positive"),
+        (lambda: posterior_ellipse([0, 0], [[1, 0.9], [0, 1]]), "not symmetric and positive"),
+        (lambda: loss_profile([0, 1], [1, 2, 3]), r"shapes \(2,\) and \(3,\)"),
+    ],
+)
+def test_surfaces_that_are_none(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert not plt.get_fignums()
+
+
+def test_takes_what_surface_returns():
+    plane = surface.plane(*jnp.eye(3))
+    x, y = surface.grid(plane, num=5)
+    ax = plane_points(plane.points, ax=loss_surface(x, y, x**2 + y**2))
+    np.testing.assert_allclose(curves(ax)[0].get_xydata(), plane.points)
