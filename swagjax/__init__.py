@@ -1,11 +1,23 @@
 """SWAG posteriors over neural-network weights, as an optax gradient transformation."""
 
-from swagjax import batch_stats, calibration, diagnostics, ensemble, metrics, schedules, sharding
+from swagjax import (
+    batch_stats,
+    calibration,
+    constant_sgd,
+    diagnostics,
+    ensemble,
+    metrics,
+    schedules,
+    sharding,
+    subspace,
+    surface,
+)
 from swagjax.averaging import predict, predict_batches, predict_log, predict_samples
 from swagjax.merging import merge
 from swagjax.posterior import (
     entropy,
     from_noise,
+    iterates,
     kl,
     log_prob,
     log_prob_difference,
@@ -19,11 +31,13 @@ __all__ = [
     "SWAGState",
     "batch_stats",
     "calibration",
+    "constant_sgd",
     "diagnostics",
     "ensemble",
     "entropy",
     "from_noise",
     "get_state",
+    "iterates",
     "kl",
     "log_prob",
     "log_prob_difference",
@@ -39,6 +53,8 @@ __all__ = [
     "schedules",
     "sharding",
     "state_bytes",
+    "subspace",
+    "surface",
     "swa",
     "swag",
     "swag_diag",
