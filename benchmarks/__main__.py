@@ -13,7 +13,14 @@ from typing import Any
 import tyro
 
 from benchmarks.experiments.classify import Classify, classify
+from benchmarks.experiments.constant_sgd import ConstantSgd, constant_sgd
+from benchmarks.experiments.curves import Curves, curves
 from benchmarks.experiments.gap import Gap, gap
+from benchmarks.experiments.language import Language, language
+from benchmarks.experiments.rotation import Rotation, rotation
+from benchmarks.experiments.shift import Shift, shift
+from benchmarks.experiments.subspace import Subspace, subspace
+from benchmarks.experiments.surface import Surface, surface
 from benchmarks.experiments.uci import Uci, uci
 from benchmarks.options import UsageError
 from benchmarks.speed.command import Speed, speed
@@ -42,7 +49,20 @@ def publish(options: Publish) -> None:
     report.README.write_text(report.with_table(report.README.read_text(), options.name, content))
 
 
-COMMANDS = {Classify: classify, Uci: uci, Gap: gap, Speed: speed, Publish: publish}
+COMMANDS = {
+    Classify: classify,
+    Curves: curves,
+    Shift: shift,
+    Rotation: rotation,
+    Language: language,
+    Uci: uci,
+    Gap: gap,
+    Subspace: subspace,
+    ConstantSgd: constant_sgd,
+    Surface: surface,
+    Speed: speed,
+    Publish: publish,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -63,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _parse(args: Sequence[str] | None) -> Any:
     """The options of one experiment; an error is the first paragraph of what tyro says of it."""
-    subcommands = {command.__name__.lower(): command for command in COMMANDS}
+    subcommands = {function.__name__: options for options, function in COMMANDS.items()}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -1,107 +1,157 @@
-"""The methods that are compared: how each trains, what it keeps, how it predicts."""
+"""The methods that are compared: how each trains, what it keeps, how it predicts.
 
-from collections.abc import Callable, Iterable, Iterator
+The Laplace approximation is left out. Of libraries for JAX, laplax (0.0.2, June 2025, no release
+since) is not one that this comparison can rest on.
+"""
+
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import optax
+import numpy as np
 from flax import linen as nn
+from jax.tree_util import Partial
 
 import swagjax
-from benchmarks.options import Training
-from benchmarks.training import Member, Optimizer
-from swagjax import batch_stats, schedules
+from benchmarks import algorithms
+from benchmarks.algorithms import Recipe
+from benchmarks.training import Network
+from swagjax import batch_stats, ensemble
 
 
 class Method(NamedTuple):
     """One row of the table.
 
     Attributes:
-      optimizer: how it trains; methods with the same optimizer share one training.
-      posterior: what it keeps of a trained member: a SWAG state, or a function of a key.
+      recipe: how it trains; methods with the same recipe share its networks.
+      posterior: what it keeps of a trained network, given a factor of its covariance: a SWAG state,
+        points, or a function of a key.
       point: whether that is a single point, for which one sample is enough.
-      refresh: whether BatchNorm statistics are recomputed for every sample, over the training
-        images; otherwise they are those that training kept.
+      refresh: whether BatchNorm statistics are recomputed for every sample, over training inputs;
+        otherwise they are those that training kept.
+      ensemble: whether all members are averaged, each by its share of the samples; else the first.
+      dropout: whether the network's dropout is on.
+      fitted: what is fitted on held-out inputs, the ``temperature`` of the averaged probabilities
+        or the ``scale`` of the covariance.
     """
 
-    optimizer: Optimizer
-    posterior: Callable[[Member], Any]
-    point: bool
-    refresh: bool
+    recipe: Recipe
+    posterior: Callable[[Network, Any], Any]
+    point: bool = False
+    refresh: bool = True
+    ensemble: bool = False
+    dropout: bool = False
+    fitted: str | None = None
 
 
-def decayed_sgd(options: Training, steps: int) -> optax.GradientTransformation:
-    """Plain SGD, its learning rate decayed to a hundredth over the full run."""
-    rate, end = options.learning_rate, options.epochs * steps
-    return optax.chain(*_sgd(options, schedules.swa_schedule(rate, 0.01 * rate, end)))
+# Of a network: a key, how, the network, batches, number of samples and scale, to probabilities.
+Predictor = Callable[..., np.ndarray]
 
 
-def averaged_sgd(options: Training, steps: int) -> optax.GradientTransformation:
-    """SGD that settles at a constant learning rate, one iterate collected an epoch."""
-    start = options.start * steps
-    schedule = schedules.swa_schedule(options.learning_rate, options.swa_learning_rate, start)
-    collect = swagjax.swag(options.rank, start=start, every=steps)
-    return optax.chain(*_sgd(options, schedule), collect)
+def predictor(model: nn.Module, inputs: jax.Array) -> Predictor:
+    """A function that gives the probabilities of one network of a method, for all batches.
+
+    Args:
+      model: the network.
+      inputs: training inputs, over which BatchNorm statistics are recomputed.
+    """
+
+    def plain(drawn: Any, x: jax.Array, stats: Any = None) -> jax.Array:
+        return _probabilities(model, drawn, x, stats, {})
+
+    def thinned(drawn: Any, x: jax.Array, stats: Any = None) -> jax.Array:
+        params, key = drawn
+        return _probabilities(model, params, x, stats, {"dropout": key})
+
+    def predict(
+        key: jax.Array,
+        method: Method,
+        network: Network,
+        batches: Iterable[Any],
+        num_samples: int,
+        scale: Any = 1.0,
+    ) -> np.ndarray:
+        posterior = method.posterior(network, scale)
+        number = {} if isinstance(posterior, ensemble.Points) else {"num_samples": num_samples}
+        number = {"num_samples": 1} if method.point else number
+        how = {"refresh": _refresh(model, method, network, inputs)} if network.batch_stats else {}
+        fn = thinned if method.dropout else plain
+        probs = swagjax.predict_batches(key, posterior, fn, batches, **number, **how)
+        return np.concatenate(jax.device_get(list(probs)))
+
+    return predict
 
 
-def _sgd(options: Training, schedule: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
-    return optax.add_decayed_weights(options.weight_decay), optax.sgd(schedule, momentum=0.9)
+def _probabilities(model: nn.Module, params: Any, x: Any, stats: Any, rngs: Any) -> jax.Array:
+    variables = {"params": params} | ({} if stats is None else {"batch_stats": stats})
+    return jax.nn.softmax(model.apply(variables, x, rngs=rngs))
 
 
-def _last(member: Member) -> Callable[[jax.Array], Any]:
-    # A Partial is a pytree: the members differ in an argument of one program, which compiles once.
-    return jax.tree_util.Partial(_same, member.params)
+def _refresh(model: nn.Module, method: Method, network: Network, inputs: jax.Array) -> Any:
+    if not method.refresh:
+        return batch_stats.keep(network.batch_stats)
+    if not method.dropout:
+        return batch_stats.linen(model, network.batch_stats, inputs, train=True)
+    # One mask for all batches: statistics of thinned networks, as those of training are.
+    rngs = {"dropout": jax.random.key(0)}
+    refresh = batch_stats.linen(model, network.batch_stats, inputs, train=True, rngs=rngs)
+    return Partial(_of_params, refresh)
+
+
+def _of_params(refresh: Any, drawn: Any) -> Any:
+    return refresh(drawn[0])
+
+
+def _last(network: Network, scale: Any) -> Any:
+    # A Partial is a pytree: networks differ in an argument of one program, which compiles once.
+    return Partial(_same, network.params)
 
 
 def _same(params: Any, key: jax.Array) -> Any:
     return params
 
 
-def _swag(member: Member) -> swagjax.SWAGState:
-    return swagjax.get_state(member.opt_state)
+def _swag(network: Network, scale: Any) -> Any:
+    state = swagjax.get_state(network.opt_state)
+    return Partial(swagjax.sample, state=state, scale=scale, like=network.params)
 
 
-def _swag_diag(member: Member) -> swagjax.SWAGState:
-    return _swag(member)._replace(deviations=None)
+def _swag_diag(network: Network, scale: Any) -> Any:
+    return swagjax.get_state(network.opt_state)._replace(deviations=None)
 
 
-def _swa(member: Member) -> swagjax.SWAGState:
-    return _swag(member)._replace(variance=None, deviations=None)
+def _swa(network: Network, scale: Any) -> Any:
+    return Partial(_same, swagjax.mean(swagjax.get_state(network.opt_state)))
+
+
+def _thinned_swa(network: Network, scale: Any) -> Any:
+    return Partial(_with_key, swagjax.mean(swagjax.get_state(network.opt_state)))
+
+
+def _with_key(params: Any, key: jax.Array) -> Any:
+    return params, key
+
+
+def _iterates(network: Network, scale: Any) -> Any:
+    state = swagjax.get_state(network.opt_state)
+    return ensemble.Points(swagjax.iterates(state))
 
 
 METHODS = {
-    "SGD": Method(decayed_sgd, _last, point=True, refresh=False),
-    "SWA": Method(averaged_sgd, _swa, point=True, refresh=True),
-    "SWAG-Diag": Method(averaged_sgd, _swag_diag, point=False, refresh=True),
-    "SWAG": Method(averaged_sgd, _swag, point=False, refresh=True),
+    "SGD": Method(algorithms.decayed_sgd, _last, point=True, refresh=False),
+    "SGD-Temp": Method(
+        algorithms.decayed_sgd, _last, point=True, refresh=False, fitted="temperature"
+    ),
+    "SWA": Method(algorithms.averaged_sgd, _swa, point=True),
+    "SWA-Temp": Method(algorithms.averaged_sgd, _swa, point=True, fitted="temperature"),
+    "SWAG-Diag": Method(algorithms.averaged_sgd, _swag_diag),
+    "SWAG": Method(algorithms.averaged_sgd, _swag),
+    "SWAG fitted": Method(algorithms.averaged_sgd, _swag, fitted="scale"),
+    "SWA-Dropout": Method(algorithms.averaged_dropout, _thinned_swa, dropout=True),
+    "SGLD": Method(algorithms.langevin, _iterates),
+    "FGE": Method(algorithms.cycled_sgd, _iterates),
+    "deep ensemble": Method(
+        algorithms.decayed_sgd, _last, point=True, refresh=False, ensemble=True
+    ),
+    "MultiSWAG": Method(algorithms.averaged_sgd, _swag, ensemble=True),
 }
-
-
-def predictor(model: nn.Module, images: jax.Array, num_samples: int) -> Callable[..., Iterator]:
-    """A function of a key, a method, a member and batches that yields probabilities.
-
-    Args:
-      model: the network.
-      images: training images, over which BatchNorm statistics are recomputed.
-      num_samples: samples that are averaged, where the method is not a point.
-    """
-
-    def plain(params: Any, x: jax.Array) -> jax.Array:
-        return jax.nn.softmax(model.apply({"params": params}, x))
-
-    def normed(params: Any, x: jax.Array, stats: Any) -> jax.Array:
-        return jax.nn.softmax(model.apply({"params": params, "batch_stats": stats}, x))
-
-    def refresh(method: Method, member: Member) -> Any:
-        if not method.refresh:
-            return batch_stats.keep(member.batch_stats)
-        return batch_stats.linen(model, member.batch_stats, images, train=True)
-
-    def predict(key: jax.Array, method: Method, member: Member, batches: Iterable) -> Iterator:
-        samples = 1 if method.point else num_samples
-        how = {"refresh": refresh(method, member)} if member.batch_stats else {}
-        fn = normed if member.batch_stats else plain
-        posterior = method.posterior(member)
-        return swagjax.predict_batches(key, posterior, fn, batches, num_samples=samples, **how)
-
-    return predict

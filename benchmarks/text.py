@@ -30,7 +30,6 @@ MIN_COUNT = 2  # occurrences that make a word part of the vocabulary
 TREC = {
     "model": "transformer",
     "epochs": 20,
-    "start": 10,
     "collections": 2,
     "batch_size": 32,
     "learning_rate": 0.1,

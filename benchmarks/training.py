@@ -1,13 +1,17 @@
-"""Training: several seeds side by side, with checkpoints to resume from and a progress bar.
+"""Training: networks side by side, with checkpoints to resume from, a log and a progress bar.
 
-All randomness is derived from (seed, epoch, step), so that a run that was interrupted and resumed
-goes through the same numbers as one that was not.
+All randomness is derived from (seed, member, epoch, step), so that a run that was interrupted and
+resumed goes through the same numbers as one that was not. Several devices share every batch: it
+lies split over them, everything else whole on each, and what they compute is the same up to
+rounding.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,19 +22,21 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import swagjax
+from benchmarks.algorithms import Algorithm, Recipe, steps
+from benchmarks.augmentation import augmentation
 from benchmarks.data import Part
-from benchmarks.options import Training, UsageError
+from benchmarks.options import Data, Training, UsageError
 from swagjax import checkpoint
 
-INIT, TRAIN, PREDICT = range(3)  # what a seed is used for
-NOISE = 0.3  # standard deviation of the noise of augmentation; images have standard deviation 1
+INIT, TRAIN, PREDICT = range(3)  # what a network is used for
 
 
-class Member(NamedTuple):
+class Network(NamedTuple):
     """One network in training; ``batch_stats`` is empty where the model has no BatchNorm."""
 
     params: Any
@@ -38,77 +44,118 @@ class Member(NamedTuple):
     opt_state: Any
 
 
-Optimizer = Callable[[Training, int], optax.GradientTransformation]  # options, steps per epoch
-Runner = Callable[[int, list[Member]], tuple[list[Member], float]]  # an epoch: members, mean loss
+# An epoch of one network a seed of a member, to these and their mean losses.
+Runner = Callable[[int, list[Network], int], tuple[list[Network], list[float]]]
 
 
 def train(
-    model: nn.Module, part: Part, optimizer: Optimizer, options: Training, folder: Path
-) -> list[Member]:
-    """Train one network a seed, from the last good checkpoint in ``folder`` if there is one."""
-    steps = len(part.labels) // options.batch_size
-    tx = optimizer(options, steps)
-    init = initialiser(model, tx, part.images[:1])
-    members = [init(key(seed, INIT)) for seed in range(options.seeds)]
-    run_epoch = runner(model, tx, part, options, steps)
-    first, members = _restore(folder, members)
-    with _checkpoints(folder) as manager, _progress(options) as show:
-        for epoch in range(first, options.epochs):
-            members, loss = run_epoch(epoch, members)
-            show(f"{optimizer.__name__.replace('_', ' ')}, loss {loss:.3f}", epoch + 1)
-            if (epoch + 1) % options.checkpoint_every == 0 or epoch + 1 == options.epochs:
-                checkpoint.save(manager, epoch + 1, members)
-    return members
+    model: nn.Module, part: Part, recipe: Recipe, options: Training, folder: Path, members: int = 1
+) -> list[list[Network]]:
+    """Train one network a seed for every member, from the last good checkpoint if there is one.
+
+    Args:
+      model: the network.
+      part: what it is trained on.
+      recipe: how.
+      options: of the recipe and of the run.
+      folder: under which ``checkpoints/<recipe>/<member>/`` and ``log/`` are kept.
+      members: networks of an ensemble, which begin and go on at random each in its own way.
+    """
+    algorithm = recipe(options, len(part.labels))
+    init = initialiser(model, algorithm, part.inputs[:1])
+    run_epoch = runner(model, algorithm, part, options)
+    rates = _rates(algorithm, options, len(part.labels))
+    whole = NamedSharding(mesh(options), PartitionSpec())
+
+    def train_member(member: int) -> list[Network]:
+        networks = [init(key(seed, INIT, member)) for seed in range(options.seeds)]
+        kept = folder / "checkpoints" / recipe.__name__ / str(member)
+        first, networks = _restore(kept, networks)
+        networks = jax.device_put(networks, whole)
+        note = _log(folder / "log" / f"{recipe.__name__}-{member}.jsonl", rates, first)
+        label = recipe.__name__.replace("_", " ") + (f" {member + 1}" if member else "")
+        with _checkpoints(kept) as manager, _progress(options) as show:
+            for epoch in range(first, options.epochs):
+                networks, losses = run_epoch(epoch, networks, member)
+                note(epoch + 1, losses)
+                show(f"{label}, loss {np.mean(losses):.3f}", epoch + 1)
+                if (epoch + 1) % options.checkpoint_every == 0 or epoch + 1 == options.epochs:
+                    checkpoint.save(manager, epoch + 1, networks)
+        return networks
+
+    return [train_member(member) for member in range(members)]
 
 
-def initialiser(model: nn.Module, tx: Any, images: np.ndarray) -> Callable[[jax.Array], Member]:
-    """A function from a key to a member with fresh weights."""
+def initialiser(
+    model: nn.Module, algorithm: Algorithm, inputs: np.ndarray
+) -> Callable[[jax.Array], Network]:
+    """A function from a key to a network with fresh weights."""
 
     @jax.jit
-    def init(key: jax.Array) -> Member:
-        variables = model.init(key, images)
+    def init(key: jax.Array) -> Network:
+        variables = model.init(key, inputs)
         params = variables["params"]
-        return Member(params, variables.get("batch_stats", {}), tx.init(params))
+        return Network(params, variables.get("batch_stats", {}), algorithm.optimizer.init(params))
 
     return init
 
 
-def runner(model: nn.Module, tx: Any, part: Part, options: Training, steps: int) -> Runner:
-    """A function that trains all members for an epoch, in the order that is faster here."""
-    step = _step(model, tx, _augmentation(options.augment), options.batch_size)
+def runner(model: nn.Module, algorithm: Algorithm, part: Part, options: Training) -> Runner:
+    """A function that trains all networks for an epoch, in the order that is faster here."""
+    split = NamedSharding(mesh(options), PartitionSpec("data"))
+    step = _step(model, algorithm, options, split)
     form = _one_by_one if jax.default_backend() == "cpu" else _side_by_side
-    epoch_of_members = form(step, steps)
-    data = jax.device_put(part)
+    order = functools.partial(_order, options)
+    epoch_of_all = form(step, order, steps(options, len(part.labels)))
+    data = jax.device_put(part, NamedSharding(split.mesh, PartitionSpec()))
 
-    def run(epoch: int, members: list[Member]) -> tuple[list[Member], float]:
-        keys = [jax.random.fold_in(key(i, TRAIN), epoch) for i in range(len(members))]
-        members, losses = epoch_of_members(members, keys, data)
-        return members, float(np.mean(losses))
+    def run(
+        epoch: int, networks: list[Network], member: int = 0
+    ) -> tuple[list[Network], list[float]]:
+        keys = [jax.random.fold_in(key(i, TRAIN, member), epoch) for i in range(len(networks))]
+        networks, losses = epoch_of_all(networks, keys, data)
+        return networks, np.mean(losses, axis=1).tolist()
 
     return run
 
 
-def check(options: Training, images: int) -> None:
+def mesh(options: Training) -> Mesh:
+    """The devices that share every batch, along the axis ``data``."""
+    number = options.devices or (1 if jax.default_backend() == "cpu" else jax.device_count())
+    return jax.make_mesh(
+        (number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number]
+    )
+
+
+def check(options: Training, rows: int) -> None:
     """Refuse values that no training can be made of, in one line."""
-    for name in ("epochs", "start", "batch_size", "seeds", "checkpoint_every"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
-    for name in ("learning_rate", "swa_learning_rate", "weight_decay"):
-        if not 0 <= getattr(options, name) < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 0")
-    if options.rank < 2:
-        raise UsageError(f"--rank {options.rank}: at least 2")
+    least = dict.fromkeys(
+        ("epochs", "start", "batch_size", "collections", "seeds", "checkpoint_every"), 1
+    )
+    least |= dict.fromkeys(("rank", "snapshots", "cycles"), 2)
+    least |= dict.fromkeys(("learning_rate", "swa_learning_rate", "weight_decay"), 0)
+    for name, lowest in (least | {"temperature": 0, "dropout": 0}).items():
+        if not lowest <= getattr(options, name) < float("inf"):
+            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise UsageError(f"{flag}: at least {lowest}")
+    if options.dropout >= 1:
+        raise UsageError(f"--dropout {options.dropout}: less than 1")
     if options.start >= options.epochs:
         raise UsageError(
             f"--start {options.start}: less than --epochs {options.epochs}, or nothing is collected"
         )
-    if options.batch_size > images:
-        raise UsageError(f"--batch-size {options.batch_size}: there are {images} training images")
+    if options.batch_size > rows:
+        raise UsageError(f"--batch-size {options.batch_size}: there are {rows} training inputs")
+    if options.collections > (number := steps(options, rows)):
+        raise UsageError(f"--collections {options.collections}: an epoch has {number} steps")
+    _check_devices(options)
 
 
-def usual_augmentation(images: np.ndarray) -> tuple[str, ...]:
-    """Shifts; flips of images in colour (photographs, mostly), noise on grey ones."""
-    return ("shift", "flip" if images.shape[-1] == 3 else "noise")
+def _check_devices(options: Training) -> None:
+    if options.devices is not None and not 1 <= options.devices <= jax.device_count():
+        raise UsageError(f"--devices {options.devices}: there are {jax.device_count()}")
+    if options.batch_size % (number := mesh(options).size):
+        raise UsageError(f"--batch-size {options.batch_size}: not a multiple of {number} devices")
 
 
 def open_checkpoints(folder: Path, options: Training) -> None:
@@ -126,131 +173,110 @@ def open_checkpoints(folder: Path, options: Training) -> None:
 
 
 def identity(options: Training) -> dict[str, Any]:
-    """The options that determine the numbers: all but folders and those of checkpointing."""
-    neutral = {"data_dir", "results", "resume", "checkpoint_every"}
-    return {k: v for k, v in dataclasses.asdict(options).items() if k not in neutral}
+    """The options that determine what is trained: not how many members, methods or samples."""
+    neutral = {"data_dir", "resume", "checkpoint_every", "devices"}
+    fields = (*dataclasses.fields(Data), *dataclasses.fields(Training))
+    return {f.name: getattr(options, f.name) for f in fields if f.name not in neutral}
 
 
-def key(seed: int, purpose: int) -> jax.Array:
-    """The random key of a seed for one of INIT, TRAIN and PREDICT."""
-    return jax.random.fold_in(jax.random.key(seed), purpose)
+def key(seed: int, purpose: int, member: int = 0) -> jax.Array:
+    """The random key of a network for one of INIT, TRAIN and PREDICT."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), member)
 
 
-def _step(model: nn.Module, tx: Any, augment: Callable, batch_size: int) -> Callable:
-    """One step of one member; ``epoch_key`` gives the order of the images and the augmentation."""
+def _step(model: nn.Module, algorithm: Algorithm, options: Training, split: Any) -> Callable:
+    """One step of one network; ``epoch_key`` gives the order of the inputs and all else."""
+    augment = augmentation(options.augment)
+    tx = optax.with_extra_args_support(algorithm.optimizer)
 
-    def loss_and_stats(params: Any, batch_stats: Any, x: jax.Array, y: jax.Array) -> Any:
+    def loss_and_stats(params: Any, batch_stats: Any, key: jax.Array, batch: Part) -> Any:
         variables = {"params": params, "batch_stats": batch_stats}
-        logits, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        rngs = {"dropout": key} if algorithm.dropout else {}
+        logits, changed = model.apply(
+            variables, batch.inputs, train=True, mutable=["batch_stats"], rngs=rngs
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
         return loss, changed.get("batch_stats", {})
 
-    def step(member: Member, epoch_key: jax.Array, order: jax.Array, i: Any, data: Part) -> Any:
-        batch = jax.lax.dynamic_slice_in_dim(order, i * batch_size, batch_size)
-        x = augment(jax.random.fold_in(epoch_key, i), data.images[batch])
+    def step(network: Network, epoch_key: jax.Array, order: jax.Array, i: Any, data: Part) -> Any:
+        rows = jax.lax.dynamic_slice_in_dim(order, i * options.batch_size, options.batch_size)
+        drawn = Part(*(jax.lax.with_sharding_constraint(x[rows], split) for x in data))
+        keys = [jax.random.fold_in(jax.random.fold_in(epoch_key, i), use) for use in range(3)]
+        batch = drawn._replace(inputs=augment(keys[0], drawn.inputs))
         grad = jax.value_and_grad(loss_and_stats, has_aux=True)
-        (loss, stats), grads = grad(member.params, member.batch_stats, x, data.labels[batch])
-        updates, opt_state = tx.update(grads, member.opt_state, member.params)
-        return Member(optax.apply_updates(member.params, updates), stats, opt_state), loss
+        (loss, stats), grads = grad(network.params, network.batch_stats, keys[1], batch)
+        updates, opt_state = tx.update(grads, network.opt_state, network.params, key=keys[2])
+        return Network(optax.apply_updates(network.params, updates), stats, opt_state), loss
 
     return step
 
 
-def _order(epoch_key: jax.Array, data: Part) -> jax.Array:
-    return jax.random.permutation(epoch_key, len(data.labels))
+def _order(options: Training, epoch_key: jax.Array, data: Part) -> jax.Array:
+    """The inputs of an epoch: each once, or drawn anew for every place."""
+    rows = len(data.labels)
+    if options.replacement:
+        return jax.random.randint(epoch_key, (rows,), 0, rows)
+    return jax.random.permutation(epoch_key, rows)
 
 
-def _one_by_one(step: Callable, steps: int) -> Callable:
-    """Member after member, step after step.
+def _one_by_one(step: Callable, order_of: Callable, steps: int) -> Callable:
+    """Network after network, step after step.
 
     For CPUs: inside a loop XLA does without its fast convolutions there. A step of LeNet5 with a
     batch of 128 took 24 ms by itself and 115 ms in ``lax.scan`` (of ``ConvNet`` 60 and 880 ms), on
     two cores with jax 0.10.2; ``vmap`` over members was no better.
     """
-    one_step = jax.jit(step, donate_argnums=0)
-    order_of = jax.jit(_order)
+    one_step, order_of = jax.jit(step, donate_argnums=0), jax.jit(order_of)
 
-    def epoch_of_one(member: Member, epoch_key: jax.Array, data: Part) -> Any:
+    def epoch_of_one(network: Network, epoch_key: jax.Array, data: Part) -> Any:
         order, losses = order_of(epoch_key, data), []
         for i in range(steps):
-            member, loss = one_step(member, epoch_key, order, i, data)
+            network, loss = one_step(network, epoch_key, order, i, data)
             losses.append(loss)
-        return member, jax.device_get(losses)
+        return network, jax.device_get(losses)
 
-    def epoch(members: list[Member], keys: list[jax.Array], data: Part) -> Any:
-        done = [epoch_of_one(*each, data) for each in zip(members, keys, strict=True)]
-        return [member for member, _ in done], [losses for _, losses in done]
+    def epoch(networks: list[Network], keys: list[jax.Array], data: Part) -> Any:
+        done = [epoch_of_one(*each, data) for each in zip(networks, keys, strict=True)]
+        return [network for network, _ in done], [losses for _, losses in done]
 
     return epoch
 
 
-def _side_by_side(step: Callable, steps: int) -> Callable:
-    """All members under ``vmap``, the epoch one ``lax.scan``: for accelerators."""
+def _side_by_side(step: Callable, order_of: Callable, steps: int) -> Callable:
+    """All networks under ``vmap``, the epoch one ``lax.scan``: for accelerators."""
 
-    def epoch_of_one(member: Member, epoch_key: jax.Array, data: Part) -> Any:
-        order = _order(epoch_key, data)
+    def epoch_of_one(network: Network, epoch_key: jax.Array, data: Part) -> Any:
+        order = order_of(epoch_key, data)
 
-        def body(member: Member, i: Any) -> Any:
-            return step(member, epoch_key, order, i, data)
+        def body(network: Network, i: Any) -> Any:
+            return step(network, epoch_key, order, i, data)
 
-        return jax.lax.scan(body, member, jnp.arange(steps))
+        return jax.lax.scan(body, network, jnp.arange(steps))
 
     @jax.jit
-    def epoch(members: list[Member], keys: list[jax.Array], data: Part) -> Any:
-        axes = swagjax.member_axes(members[0])
+    def epoch(networks: list[Network], keys: list[jax.Array], data: Part) -> Any:
+        axes = swagjax.member_axes(networks[0])
         run = jax.vmap(epoch_of_one, in_axes=(axes, 0, None), out_axes=(axes, 0))
-        stacked, losses = run(_stack(members, axes), jnp.stack(keys), data)
-        return [_unstack(stacked, axes, i) for i in range(len(members))], losses
+        stacked, losses = run(_stack(networks, axes), jnp.stack(keys), data)
+        return [_unstack(stacked, axes, i) for i in range(len(networks))], losses
 
     return epoch
 
 
-def _stack(members: list[Member], axes: Any) -> Member:
-    """Stack the members' leaves, but for those that they share, whose axis is None."""
+def _stack(networks: list[Network], axes: Any) -> Network:
+    """Stack the networks' leaves, but for those that they share, whose axis is None."""
 
     def stack(axis: Any, *xs: jax.Array) -> jax.Array:
         return xs[0] if axis is None else jnp.stack(xs)
 
-    return jax.tree.map(stack, axes, *members, is_leaf=lambda x: x is None)
+    return jax.tree.map(stack, axes, *networks, is_leaf=lambda x: x is None)
 
 
-def _unstack(stacked: Member, axes: Any, i: int) -> Member:
+def _unstack(stacked: Network, axes: Any, i: int) -> Network:
     def pick(axis: Any, x: jax.Array) -> jax.Array:
         return x if axis is None else x[i]
 
     return jax.tree.map(pick, axes, stacked, is_leaf=lambda x: x is None)
-
-
-def _augmentation(kinds: tuple[str, ...]) -> Callable:
-    """A function of a key and a batch that applies the random changes named in ``kinds``."""
-    changes = [{"shift": _shift, "noise": _noise, "flip": _flip}[kind] for kind in kinds]
-
-    def augment(key: jax.Array, x: jax.Array) -> jax.Array:
-        for i, change in enumerate(changes):
-            x = change(jax.random.fold_in(key, i), x)
-        return x
-
-    return augment
-
-
-def _shift(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Each image moved by up to an eighth of its side; its edge is repeated."""
-    reach = max(1, x.shape[1] // 8)
-    padded = jnp.pad(x, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
-    corners = jax.random.randint(key, (len(x), 2), 0, 2 * reach + 1)
-
-    def crop(image: jax.Array, at: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (*at, 0), x.shape[1:])
-
-    return jax.vmap(crop)(padded, corners)
-
-
-def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
-    return x + NOISE * jax.random.normal(key, x.shape)
-
-
-def _flip(key: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key, shape=(len(x), 1, 1, 1)), x[:, :, ::-1], x)
 
 
 def _checkpoints(folder: Path) -> ocp.CheckpointManager:
@@ -279,12 +305,36 @@ def _check_same(record: Path, wanted: dict[str, Any]) -> None:
             )
 
 
-def _restore(folder: Path, members: list[Member]) -> tuple[int, list[Member]]:
-    """The epochs already done and the members after them."""
+def _restore(folder: Path, networks: list[Network]) -> tuple[int, list[Network]]:
+    """The epochs already done and the networks after them."""
     try:
-        return checkpoint.restore_latest(folder, members) or (0, members)
+        return checkpoint.restore_latest(folder, networks) or (0, networks)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"--resume: {error}; or start anew without --resume") from error
+
+
+def _rates(algorithm: Algorithm, options: Training, rows: int) -> list[float]:
+    """The learning rate of the last step of every epoch."""
+    last = steps(options, rows) * jnp.arange(1, options.epochs + 1) - 1
+    return jax.device_get(jax.vmap(algorithm.rate)(last)).tolist()
+
+
+def _log(path: Path, rates: list[float], first: int) -> Callable[[int, list[float]], None]:
+    """A function that adds a line of JSON an epoch; epochs done again are written again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_text().splitlines()[:first] if first and path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in kept))
+    last = time.perf_counter()
+
+    def note(epoch: int, losses: list[float]) -> None:
+        nonlocal last
+        last, seconds = time.perf_counter(), time.perf_counter() - last
+        of_epoch = {"epoch": epoch, "loss": float(np.mean(losses)), "of_seeds": losses}
+        of_epoch |= {"learning_rate": rates[epoch - 1], "seconds": round(seconds, 3)}
+        with path.open("a") as file:
+            file.write(json.dumps(of_epoch) + "\n")
+
+    return note
 
 
 @contextlib.contextmanager

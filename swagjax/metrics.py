@@ -8,7 +8,8 @@ classification
     ``nll``, ``accuracy``, ``brier``, ``ece``, ``reliability``: ``probs`` has shape ``(..., C)``,
     ``labels`` is an integer array of shape ``(...)``.
 out of distribution
-    ``predictive_entropy``, ``mutual_information`` of such probabilities, ``auroc`` of any scores.
+    ``predictive_entropy``, ``mutual_information`` of such probabilities, ``auroc`` and ``fpr95`` of
+    any scores, ``symmetrised_kl`` of entropies.
 regression
     ``rmse``, ``gaussian_nll``, ``mixture_nll``, ``moment_match``, ``coverage``,
     ``interval_width``, ``gaussian_crps``, ``mixture_crps``: a prediction is a Gaussian ``mean`` and
@@ -341,6 +342,91 @@ def auroc(scores_in: ArrayLike, scores_out: ArrayLike) -> jax.Array:
     return jnp.where(_any_nan(scores_in) | _any_nan(scores_out), jnp.nan, area)
 
 
+def fpr95(scores_in: ArrayLike, scores_out: ArrayLike) -> jax.Array:
+    """False-positive rate at 95 % true-positive rate: the share of in scores taken for out.
+
+    ``min_t mean(in >= t)`` over the thresholds t with ``mean(out >= t) >= 0.95``: at least 95 % of
+    the out-of-distribution examples are detected, at the price of this share of false alarms. The
+    best is 0. Scores are compared at the precision that they arrive in; a NaN among them gives NaN
+    inside ``jit``.
+
+    Args:
+      scores_in: scores of the in-distribution (negative) examples, shape ``(n,)``.
+      scores_out: scores of the out-of-distribution (positive) examples, shape ``(m,)``.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: as for ``auroc``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> metrics.fpr95(jnp.array([0.1, 0.2, 0.3, 0.4]), jnp.array([0.3, 0.5]))
+      Array(0.5, dtype=float32)
+
+    Source: Hendrycks and Gimpel (2017), "A Baseline for Detecting Misclassified and
+    Out-of-Distribution Examples in Neural Networks", section 2, for the setting; Liang et al.
+    (2018), "Enhancing the Reliability of Out-of-distribution Image Detection in Neural Networks",
+    section 4.3, for the rate, with the roles of the two exchanged.
+    """
+    scores_in = _read_scores("scores_in", scores_in)
+    scores_out = _read_scores("scores_out", scores_out)
+    detected = -(-95 * scores_out.size // 100)  # rounded up, in integers
+    threshold = jnp.sort(scores_out)[scores_out.size - detected]
+    below = jnp.searchsorted(jnp.sort(scores_in), threshold, side="left")
+    rate = (scores_in.size - below) / scores_in.size
+    return jnp.where(_any_nan(scores_in) | _any_nan(scores_out), jnp.nan, rate)
+
+
+def symmetrised_kl(
+    entropy_in: ArrayLike,
+    entropy_out: ArrayLike,
+    num_classes: int,
+    num_bins: int = 30,
+    *,
+    smoothing: float = 1.0,
+) -> jax.Array:
+    """Symmetrised KL divergence of two histograms of predictive entropy, in nats.
+
+    ``KL(p || q) + KL(q || p) = sum_b (p_b - q_b) log(p_b / q_b)``, where p and q are the shares of
+    the examples in bins of equal width over ``[0, log C]``, each bin with ``smoothing`` examples
+    more: ``p_b = (n_b + a) / (n + a B)``. Without them an empty bin would make it infinite, so that
+    it depends on bins, smoothing and numbers of examples: compare only where these are the same.
+
+    Args:
+      entropy_in: entropies in nats of the in-distribution examples, shape ``(n,)``.
+      entropy_out: entropies of the out-of-distribution examples, shape ``(m,)``.
+      num_classes: C; static under ``jit``.
+      num_bins: B; static under ``jit``.
+      smoothing: a, above 0; static under ``jit``.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: arrays that are not one-dimensional, or empty; ``num_classes`` below 2,
+        ``num_bins`` below 1, a ``smoothing`` that is not positive; and outside ``jit`` NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import metrics
+      >>> low, high = jnp.array([0.1, 0.1, 0.1]), jnp.array([0.6, 0.6, 0.6])
+      >>> metrics.symmetrised_kl(low, high, num_classes=2, num_bins=2).round(4)  # 4/5, 1/5
+      Array(1.6636, dtype=float32)
+
+    Source: Maddox et al. (2019), section 5 (out-of-domain images), which states neither bins nor
+    smoothing; Kullback and Leibler (1951), "On Information and Sufficiency", section 3.
+    """
+    _check_histogram(num_classes, num_bins, smoothing)
+    entropies = _read_scores("entropy_in", entropy_in), _read_scores("entropy_out", entropy_out)
+    counts = [_histogram(each, math.log(num_classes), num_bins) for each in entropies]
+    p, q = ((count + smoothing) / jnp.sum(count + smoothing) for count in counts)
+    divergence = jnp.sum((p - q) * jnp.log(p / q))
+    return jnp.where(_any_nan(entropies[0]) | _any_nan(entropies[1]), jnp.nan, divergence)
+
+
 def rmse(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
     """Root mean squared error, in the units of the targets.
 
@@ -577,6 +663,14 @@ def mixture_crps(means: ArrayLike, variances: ArrayLike, targets: ArrayLike) -> 
     and its Application to Mesoscale Forecast Ensemble Verification", equation 5.
     """
     return _mean_score(_mixture_crps, *_read_mixture(means, variances, targets))
+
+
+def _histogram(entropy: jax.Array, top: float, num_bins: int) -> jax.Array:
+    """Examples in bins of equal width from 0 to ``top``; rounding may take some beyond an end."""
+    wide = jnp.issubdtype(entropy.dtype, jnp.floating) and entropy.dtype.itemsize >= 4
+    entropy = entropy if wide else entropy.astype(jnp.float32)
+    index = jnp.clip(jnp.floor(entropy / top * num_bins), 0, num_bins - 1).astype(jnp.int32)
+    return jnp.zeros(num_bins).at[index].add(1.0)
 
 
 def _entropy(probs: jax.Array) -> jax.Array:
@@ -932,6 +1026,18 @@ def _check_samples(means: jax.Array) -> None:
         raise ValueError(
             "means has shape (), but needs an axis of samples first: stack the predictions of the "
             "samples, (S, ...)."
+        )
+
+
+def _check_histogram(num_classes: int, num_bins: int, smoothing: float) -> None:
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes!r}, but must be 2 or more.")
+    if num_bins < 1:
+        raise ValueError(f"num_bins is {num_bins!r}, but must be 1 or more: try 30.")
+    if not 0 < smoothing < math.inf:
+        raise ValueError(
+            f"smoothing is {smoothing!r}, but must be finite and above 0, or an empty bin would "
+            "make the divergence infinite: try 1.0."
         )
 
 

@@ -1,6 +1,7 @@
 """The benchmarks: data, models, training, report, and the command line as a whole."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -13,16 +14,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
+from scipy import optimize, special
 
+import swagjax
 from benchmarks import __main__ as command_line
-from benchmarks import data, methods, models, options, report, training
-from benchmarks.experiments import classify
+from benchmarks import algorithms, augmentation, data, methods, models, options, report, training
+from benchmarks.experiments import classify, curves
 
 ROOT = Path(__file__).parent.parent
 TFDS = Path(os.environ.get("SWAGJAX_DATA", ROOT.parent / "shared" / "data")) / "tfds"
 CLASSES = (0, 1, 2, 8, 9)
 TINY = ["--epochs", "4", "--start", "1", "--seeds", "2", "--num-samples", "3", "--rank", "2"]
+FOUR = ("SGD", "SWA", "SWAG-Diag", "SWAG")
 
 needs_data = pytest.mark.skipif(
     not TFDS.is_dir(), reason=f"no prepared data sets in {TFDS}: set SWAGJAX_DATA"
@@ -31,49 +37,53 @@ needs_data = pytest.mark.skipif(
 
 def tiny_options(**changes):
     chosen = options.complete(classify.Classify(seeds=2, epochs=3, start=1), classify.DIGITS)
-    return dataclasses.replace(chosen, **{"augment": ("shift", "noise"), **changes})
+    usual = {"augment": ("shift", "noise"), "collections": 1}
+    return dataclasses.replace(chosen, **{**usual, **changes})
 
 
 # data
 
 
 def test_digits_are_normalised_split_and_re_indexed():
-    task = data.load("digits", None, CLASSES)
-    assert task.train.images.shape[1:] == (8, 8, 1)
-    assert task.train.images.dtype == np.float32
-    np.testing.assert_allclose(task.train.images.mean(), 0, atol=1e-5)
-    np.testing.assert_allclose(task.train.images.std(), 1, atol=1e-5)
-    for part in (task.train, task.evaluation):
+    task = data.load("digits", None)
+    assert task.train.inputs.shape[1:] == (8, 8, 1)
+    assert task.train.inputs.dtype == np.float32
+    np.testing.assert_allclose(task.train.inputs.mean(), 0, atol=1e-5)
+    np.testing.assert_allclose(task.train.inputs.std(), 1, atol=1e-5)
+    assert task.classes == CLASSES
+    assert task.vocabulary is None
+    for part in (task.train, task.held_out, task.evaluation):
         assert set(part.labels) == set(range(5))
     assert set(task.ood.labels) == {3, 4, 5, 6, 7}
 
 
 def test_labels_are_positions_in_the_order_given():
     ordered, shuffled = (data.load("digits", None, c).train for c in ((0, 8), (8, 0)))
-    np.testing.assert_array_equal(ordered.images, shuffled.images)
+    np.testing.assert_array_equal(ordered.inputs, shuffled.inputs)
     np.testing.assert_array_equal(ordered.labels, 1 - shuffled.labels)
 
 
 def test_the_split_is_the_same_every_time_and_its_parts_are_disjoint():
     first, second = (data.load("digits", None, CLASSES) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    rows = [{image.tobytes() for image in part.images} for part in first]
-    assert not rows[0] & rows[1]
+    rows = [{image.tobytes() for image in part.inputs} for part in first[:4]]
+    assert sum(map(len, rows)) == len(set.union(*rows))
+    share = len(first.held_out.labels) / (len(first.held_out.labels) + len(first.train.labels))
+    assert share == pytest.approx(0.1, abs=0.005)
 
 
 def test_validation_images_come_from_the_training_images_alone():
     test, validation = (data.load("digits", None, CLASSES, e) for e in ("test", "validation"))
-    assert len(validation.train.labels) + len(validation.evaluation.labels) == len(
-        test.train.labels
-    )
-    assert len(validation.evaluation.labels) == pytest.approx(0.2 * len(test.train.labels), abs=2)
+    whole = len(test.train.labels) + len(test.held_out.labels)
+    assert sum(len(part.labels) for part in validation[:3]) == whole
+    assert len(validation.evaluation.labels) == pytest.approx(0.2 * whole, abs=2)
     assert not set(map(bytes, _raw(validation.ood))) & set(map(bytes, _raw(test.ood)))
 
 
 def _raw(part):
     """Pixels as integers 0 ... 16 again, whatever they were normalised with."""
-    low, high = part.images.min(), part.images.max()
-    return np.round((part.images - low) / (high - low) * 16).astype(np.uint8)
+    low, high = part.inputs.min(), part.inputs.max()
+    return np.round((part.inputs - low) / (high - low) * 16).astype(np.uint8)
 
 
 @pytest.mark.parametrize("bad", [(), (1,), (1, 1), (1, 77), (-1, 2), tuple(range(10))])
@@ -82,14 +92,40 @@ def test_classes_that_cannot_be_split_are_refused(bad):
         data.load("digits", None, bad)
 
 
+def test_of_another_set_all_images_are_out_of_distribution_in_the_shape_of_those_trained_on():
+    task = data.load("digits", None, ood_dataset="digits")
+    assert task.classes == tuple(range(10))
+    assert len(task.ood.labels) == len(task.evaluation.labels) == 899
+    np.testing.assert_array_equal(task.ood.inputs, task.evaluation.inputs)
+
+
+def test_images_of_another_set_become_grey_or_three_colours_and_are_resized():
+    grey = np.full((1, 4, 4, 1), 100, np.uint8)
+    np.testing.assert_allclose(data._converted(grey, (4, 4, 3)), np.full((1, 4, 4, 3), 100))
+    np.testing.assert_allclose(data._converted(grey, (9, 7, 1)), np.full((1, 9, 7, 1), 100))
+    red = np.zeros((1, 2, 2, 3), np.uint8) + np.array([200, 0, 0], np.uint8)
+    np.testing.assert_allclose(data._converted(red, (2, 2, 1)), np.full((1, 2, 2, 1), 59.8))
+
+
+@needs_data
+@pytest.mark.data
+def test_texts_come_as_word_numbers_with_the_vocabulary_of_the_training_texts():
+    task = data.load("trec", TFDS)
+    assert task.classes == (0, 1, 2, 3)
+    assert task.train.inputs.dtype == np.int32
+    assert task.train.inputs.max() + 1 == task.vocabulary
+    assert max(part.inputs.max() for part in task[:4]) < task.vocabulary
+    assert set(task.ood.labels) == {4, 5}
+
+
 @needs_data
 @pytest.mark.data
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (28, 28, 1)), ("cifar10", (32, 32, 3))])
 def test_tfds_sets_come_as_arrays(name, shape):
     task = data.load(name, TFDS, CLASSES)
-    assert task.train.images.shape[1:] == shape
+    assert task.train.inputs.shape[1:] == shape
     assert len(task.evaluation.labels) + len(task.ood.labels) == 10_000
-    np.testing.assert_allclose(task.train.images.mean((0, 1, 2)), 0, atol=1e-3)
+    np.testing.assert_allclose(task.train.inputs.mean((0, 1, 2)), 0, atol=1e-3)
 
 
 # models
@@ -115,33 +151,73 @@ def test_parameter_counts(model, shape, count):
 @pytest.fixture(scope="module")
 def digits():
     part = data.load("digits", None, CLASSES).train
-    return data.Part(part.images[:70], part.labels[:70])
+    return data.Part(part.inputs[:70], part.labels[:70])
 
 
 @pytest.mark.slow
-def test_members_side_by_side_equal_members_one_by_one(digits):
+@pytest.mark.parametrize("recipe", [algorithms.averaged_sgd, algorithms.langevin])
+def test_networks_side_by_side_equal_networks_one_by_one(recipe, digits):
     chosen, model = tiny_options(), models.ConvNet(5, widths=(4, 4))
-    tx = methods.averaged_sgd(chosen, 4)
-    init = training.initialiser(model, tx, digits.images[:1])
-    step = training._step(model, tx, training._augmentation(("shift", "noise")), 16)
+    algorithm = recipe(chosen, len(digits.labels))
+    init = training.initialiser(model, algorithm, digits.inputs[:1])
+    step = training._step(model, algorithm, chosen, data_axis(1))
     keys = [jax.random.key(seed) for seed in range(2)]
     ways = []
     for form in (training._one_by_one, training._side_by_side):
-        epoch, members = form(step, 4), [init(key) for key in keys]
+        order = functools.partial(training._order, chosen)
+        epoch, networks = form(step, order, 4), [init(key) for key in keys]
         for _ in range(3):
-            members, losses = epoch(members, keys, digits)
-        ways.append((members, np.ravel(losses)))
+            networks, losses = epoch(networks, keys, digits)
+        ways.append((networks, np.ravel(losses)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *ways)
-    assert int(methods._swag(ways[1][0][1]).count) == 2
+    assert int(swagjax.get_state(ways[1][0][1].opt_state).count) == (
+        2 if recipe is algorithms.averaged_sgd else 8
+    )
+
+
+def data_axis(devices):
+    mesh = training.mesh(tiny_options(devices=devices))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+
+class Linear(nn.Module):
+    """A dense layer, with dropout before it: compiles in no time."""
+
+    classes: int
+    dropout: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(len(x), -1)
+        x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
+        return nn.Dense(self.classes)(x)
+
+
+def test_eight_devices_share_a_batch_and_come_to_what_one_does(digits, tmp_path):
+    recipe, chosen = algorithms.averaged_dropout, tiny_options(seeds=1, epochs=2)
+    shared = [dataclasses.replace(chosen, devices=number) for number in (1, 8)]
+    trained = [
+        training.train(Linear(5), digits, recipe, each, tmp_path / str(each.devices))[0]
+        for each in shared
+    ]
+    assert len(trained[1][0].params["Dense_0"]["kernel"].sharding.device_set) == 8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *trained)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+    with pytest.raises(options.UsageError, match="--batch-size 12: not a multiple of 8"):
+        training.check(tiny_options(devices=8, batch_size=12), 100)
+    with pytest.raises(options.UsageError, match="--devices 9: there are 8"):
+        training.check(tiny_options(devices=9), 100)
 
 
 @pytest.mark.slow
-def test_a_member_is_the_same_whoever_trains_beside_it(digits, tmp_path):
+def test_a_network_is_the_same_whoever_trains_beside_it(digits, tmp_path):
     model = models.ConvNet(5, widths=(4, 4))
     alone, pair = (
         training.train(
-            model, digits, methods.averaged_sgd, tiny_options(seeds=n), tmp_path / str(n)
-        )
+            model, digits, algorithms.averaged_sgd, tiny_options(seeds=n), tmp_path / str(n)
+        )[0]
         for n in (1, 2)
     )
     jax.tree.map(np.testing.assert_array_equal, alone[0], pair[0])
@@ -150,18 +226,114 @@ def test_a_member_is_the_same_whoever_trains_beside_it(digits, tmp_path):
     )
 
 
+def test_members_of_an_ensemble_begin_elsewhere_and_their_log_says_how_they_went(digits, tmp_path):
+    chosen = tiny_options(swa_learning_rate=0.02)
+    members = training.train(Linear(5), digits, algorithms.averaged_sgd, chosen, tmp_path, 2)
+    assert not np.allclose(*(m[0].params["Dense_0"]["kernel"] for m in members))
+    lines = (tmp_path / "log" / "averaged_sgd-1.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    assert [line["epoch"] for line in log] == [1, 2, 3]
+    assert log[0]["loss"] == pytest.approx(np.mean(log[0]["of_seeds"]))
+    assert log[2]["loss"] < log[0]["loss"]
+    assert [line["learning_rate"] for line in log] == pytest.approx([0.03125, 0.02, 0.02])
+
+
+# algorithms
+
+
+def test_langevin_dynamics_samples_the_posterior():
+    """Of the prior alone, N(0, T / (N * decay)); SGD before it is left as it is.
+
+    The mean square of 1000 independent weights has a standard error of 4.5 %: 5 % of it here and
+    below are six standard errors, as there are 40 steps of autocorrelation 0.5, and one time scale.
+    """
+    chosen = tiny_options(
+        epochs=31, start=1, swa_learning_rate=0.05, weight_decay=0.5, temperature=0.5, snapshots=20
+    )
+    rows = 160  # 10 steps an epoch
+    algorithm = algorithms.langevin(chosen, rows)
+    params = {"w": jnp.zeros(100_000)}
+
+    def step(carry, key):
+        params, state = carry
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, state = algorithm.optimizer.update(zeros, state, params, key=key)
+        return (optax.apply_updates(params, updates), state), jnp.abs(updates["w"]).max()
+
+    keys = jax.random.split(jax.random.key(0), 310)
+    (_, state), moves = jax.lax.scan(step, (params, algorithm.optimizer.init(params)), keys)
+    np.testing.assert_array_equal(moves[:10], 0)
+    kept = swagjax.iterates(swagjax.get_state(state))["w"]
+    assert kept.shape == (20, 100_000)
+    e = 0.05 / 0.1 / rows  # its chain is w <- (1 - e N decay) w + sqrt(2 e T) z
+    variance = 2 * e * 0.5 / (1 - (1 - e * rows * 0.5) ** 2)
+    # 100,000 independent weights: the standard error of a variance is 0.45 %.
+    np.testing.assert_allclose(np.var(kept, axis=1)[-1], variance, rtol=0.03)
+
+
+def test_a_fast_geometric_ensemble_is_the_networks_at_the_minima_of_the_learning_rate():
+    chosen = tiny_options(epochs=6, start=2, cycles=4, swa_learning_rate=0.02, weight_decay=0.0)
+    algorithm = algorithms.cycled_sgd(chosen, 160)  # 40 steps after 20: cycles of 10
+    rates = np.array([float(algorithm.rate(step)) for step in range(60)])
+    np.testing.assert_allclose(rates[18:20], 0.02, rtol=1e-5)
+    lowest = 20 + np.arange(4) * 10 + 4
+    np.testing.assert_allclose(rates[lowest], 0.001, rtol=1e-5)
+    assert set(20 + np.flatnonzero(rates[20:] < 0.0011)) == set(lowest)
+    tx, params, seen = algorithm.optimizer, jnp.zeros(1), []
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for _ in range(60):
+        updates, state = update(jnp.ones(1), state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(float(params[0]))
+    kept = swagjax.iterates(swagjax.get_state(state))[:, 0]
+    np.testing.assert_allclose(kept, np.array(seen)[lowest], rtol=1e-5)
+
+
+def test_cycles_that_do_not_fit_are_refused():
+    with pytest.raises(options.UsageError, match="--cycles 30: two steps each"):
+        algorithms.cycled_sgd(tiny_options(epochs=6, start=2, cycles=30), 160)
+
+
+def test_several_iterates_are_collected_an_epoch():
+    chosen = tiny_options(epochs=3, start=1, collections=5)
+    tx = algorithms.averaged_sgd(chosen, 160).optimizer
+    params = jnp.zeros(1)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(30):
+        _, state = update(jnp.ones(1), state, params)
+    assert int(swagjax.get_state(state).count) == 10
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_an_epoch_goes_through_all_inputs_or_draws_them_anew(replacement):
+    """Of 1000 places drawn with replacement 632 differ, by 10 (a standard deviation)."""
+    part = data.Part(np.zeros((1000, 1)), np.zeros(1000, int))
+    order = training._order(tiny_options(replacement=replacement), jax.random.key(0), part)
+    different = len(np.unique(order))
+    assert order.shape == (1000,)
+    assert abs(different - 632) < 60 if replacement else different == 1000
+
+
+# augmentation
+
+
 def test_augmentation_changes_images_only_as_asked():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 3)), jnp.float32)
 
     def augment(*kinds):
-        return training._augmentation(kinds)(jax.random.key(0), x)
+        return augmentation.augmentation(kinds)(jax.random.key(0), x)
 
     np.testing.assert_array_equal(augment(), x)
     flipped = augment("flip")
     same, mirrored = (np.all(flipped == y, (1, 2, 3)) for y in (x, x[:, :, ::-1]))
     assert np.all(same ^ mirrored)
     assert np.all(np.isin(augment("shift"), x))
+    assert np.all(np.isin(augment("crop"), np.append(x, 0.0)))
     assert 0.2 < np.std(augment("noise") - x) < 0.4
+
+
+# methods
 
 
 def test_regression_statistics_are_refreshed_on_images_without_augmentation(monkeypatch):
@@ -174,17 +346,156 @@ def test_regression_statistics_are_refreshed_on_images_without_augmentation(monk
     task, chosen = data.load("digits", None, CLASSES), tiny_options(seeds=1, epochs=2)
     model = models.MODELS["convnet"](len(CLASSES))
     method = methods.METHODS["SWA"]
-    steps = len(task.train.labels) // chosen.batch_size
-    tx = method.optimizer(chosen, steps)
-    member = training.initialiser(model, tx, task.train.images[:1])(jax.random.key(0))
-    params = member.params
-    for _ in range(2 * steps):
-        opt_state = tx.update(params, member.opt_state, params)[1]
-        member = member._replace(opt_state=opt_state)
-    predict = methods.predictor(model, task.train.images, 2)
-    list(predict(jax.random.key(0), method, member, [task.ood.images[:2]]))
+    rows = len(task.train.labels)
+    algorithm = method.recipe(chosen, rows)
+    network = training.initialiser(model, algorithm, task.train.inputs[:1])(jax.random.key(0))
+    params, update = network.params, jax.jit(algorithm.optimizer.update)
+    for _ in range(2 * (rows // chosen.batch_size)):
+        opt_state = update(params, network.opt_state, params)[1]
+        network = network._replace(opt_state=opt_state)
+    predict = methods.predictor(model, task.train.inputs)
+    predict(jax.random.key(0), method, network, [task.ood.inputs[:2]], 2)
     (used,) = seen
-    np.testing.assert_array_equal(used, task.train.images)
+    np.testing.assert_array_equal(used, task.train.inputs)
+
+
+def random_network(seed):
+    """A linear network with what SWAG of rank 4 would hold of it, as if it had been trained."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return {
+            "Dense_0": {
+                name: jnp.asarray(rng.normal(size=(*shape, *of)), jnp.float32)
+                for name, of in (("kernel", (64, 5)), ("bias", (5,)))
+            }
+        }
+
+    variance = jax.tree.map(jnp.square, normal())
+    moments = jnp.int32(4), jnp.int32(4), jnp.int32(0), normal(), variance, normal(4)
+    return training.Network(normal(), {}, swagjax.SWAGState(*moments))
+
+
+@pytest.fixture(scope="module")
+def run(digits):
+    """Every method on random linear networks."""
+    few = data.Part(digits.inputs[:40], digits.labels[:40])
+    chosen = tiny_options(members=2, num_samples=4, methods=tuple(methods.METHODS))
+    recipes = dict.fromkeys(method.recipe for method in methods.METHODS.values())
+    networks = {
+        recipe: [[random_network(100 * i + 10 * j + k) for k in range(2)] for j in range(2)]
+        for i, recipe in enumerate(recipes)
+    }
+    task = data.Task(few, few, few, few, CLASSES, None)
+    predictor = methods.predictor(Linear(5), few.inputs)
+    made = classify.Run(chosen, task, Linear(5), None, networks, predictor, {})
+    fitted = {name: classify._fit(made, name) for name in classify._fitting(made)}
+    return made._replace(fitted=fitted)
+
+
+def linear(params, x):
+    kernel, bias = (np.asarray(params["Dense_0"][name], np.float64) for name in ("kernel", "bias"))
+    return special.softmax(x.reshape(len(x), -1).astype(np.float64) @ kernel + bias, axis=-1)
+
+
+def test_every_method_predicts_by_what_it_keeps(run):
+    x = run.task.evaluation.inputs
+    decayed, averaged = (run.networks[r] for r in (algorithms.decayed_sgd, algorithms.averaged_sgd))
+    assert classify.methods_of(run) == list(methods.METHODS)
+    got = {name: classify.predict(run, name, x)[1] for name in methods.METHODS}
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+    close(got["SGD"], linear(decayed[0][1].params, x))
+    close(got["SWA"], linear(swagjax.get_state(averaged[0][1].opt_state).mean, x))
+    close(got["deep ensemble"], np.mean([linear(m[1].params, x) for m in decayed], 0))
+    for name, recipe in (("SGLD", algorithms.langevin), ("FGE", algorithms.cycled_sgd)):
+        kept = swagjax.iterates(swagjax.get_state(run.networks[recipe][0][1].opt_state))
+        points = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(4)]
+        close(got[name], np.mean([linear(point, x) for point in points], 0))
+    (network,) = run.networks[algorithms.averaged_dropout][0][1:]
+    mean = swagjax.get_state(network.opt_state).mean
+    thinned = [
+        run.model.apply({"params": mean}, x, rngs={"dropout": key})
+        for key in jax.random.split(training.key(1, training.PREDICT), 4)
+    ]
+    close(got["SWA-Dropout"], special.softmax(thinned, -1).mean(0))
+    parts = []
+    for member, network in enumerate(averaged):
+        keys = jax.random.split(training.key(1, training.PREDICT, member), 2)
+        state = swagjax.get_state(network[1].opt_state)
+        parts += [linear(swagjax.sample(key, state), x) for key in keys]
+    close(got["MultiSWAG"], np.mean(parts, 0))
+
+
+def test_the_temperature_is_fitted_on_held_out_inputs_alone(run):
+    x, labels = run.task.held_out
+    logs = [np.log(p) for p in classify.predict(run, "SGD", x)]
+    cold = classify.predict(run, "SGD-Temp", x)
+    for logits, tempered, temperature in zip(logs, cold, run.fitted["SGD-Temp"], strict=True):
+
+        def nll(log_t, logits=logits):
+            log_probs = special.log_softmax(logits / np.exp(log_t), -1)
+            return -np.mean(log_probs[np.arange(len(x)), labels])
+
+        best = optimize.minimize_scalar(nll, bounds=(-4, 4), method="bounded")
+        assert nll(np.log(temperature)) <= best.fun + 1e-5
+        np.testing.assert_allclose(tempered, special.softmax(logits / temperature, -1), atol=1e-5)
+
+
+def test_the_scale_is_the_one_of_least_held_out_nll(run):
+    x, labels = run.task.held_out
+    states = [swagjax.get_state(n.opt_state) for n in run.networks[algorithms.averaged_sgd][0]]
+    for seed, chosen in enumerate(run.fitted["SWAG fitted"]):
+        keys = jax.random.split(training.key(seed, training.PREDICT), 4)
+        losses = []
+        for scale in classify.SCALES:
+            probs = np.mean(
+                [linear(swagjax.sample(k, states[seed], scale=scale), x) for k in keys], 0
+            )
+            losses.append(-np.log(probs[np.arange(len(x)), labels]).mean())
+        assert chosen == pytest.approx(classify.SCALES[np.argmin(losses)])
+
+
+def test_curves_average_the_first_samples(run):
+    x, labels = run.task.evaluation
+    found = curves._by_samples(run, "SWAG", (3, 1))
+    assert list(found) == [1, 3]
+    (network,) = run.networks[algorithms.averaged_sgd][0][1:]
+    base = jax.random.fold_in(training.key(1, training.PREDICT), curves.KEY)
+    probs = []
+    for i in range(3):
+        (key,) = jax.random.split(jax.random.fold_in(base, i), 1)
+        probs.append(linear(swagjax.sample(key, swagjax.get_state(network.opt_state)), x))
+    for size in (1, 3):
+        of_labels = np.mean(probs[:size], 0)[np.arange(len(x)), labels]
+        np.testing.assert_allclose(found[size][1]["NLL"], -np.log(of_labels).mean(), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_curves_train_nothing_that_classify_has_trained(finished, monkeypatch):
+    chosen = curves.Curves(results=finished.parents[1], epochs=4, start=1, seeds=2, rank=2)
+    monkeypatch.setattr(training, "_one_by_one", lambda step, order, steps: pytest.fail)
+    curves.curves(dataclasses.replace(chosen, samples=(1, 2), num_samples=3))
+    folder = finished.parents[1] / "curves" / "digits"
+    record = json.loads((folder / "results.json").read_text())
+    assert list(record["samples"]) == ["SWA", "SWAG-Diag", "SWAG"]
+    assert list(record["samples"]["SWAG"]) == ["1", "2"]
+    assert list(record["ranks"]) == ["2"]
+    swag = json.loads((finished / "results.json").read_text())["results"]["SWAG"]["NLL"]
+    assert record["ranks"]["2"]["NLL"] == swag
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_smaller_ring_is_the_end_of_a_larger_one():
+    params = jnp.zeros(2)
+    wide, narrow = swagjax.swag(rank=5), swagjax.swag(rank=3)
+    states = [wide.init(params), narrow.init(params)]
+    for i, move in enumerate(np.random.default_rng(0).normal(size=(9, 2))):
+        states = [
+            tx.update(jnp.asarray(move, jnp.float32), s, params)[1]
+            for tx, s in zip((wide, narrow), states, strict=True)
+        ]
+        if i >= 2:
+            jax.tree.map(np.testing.assert_array_equal, curves.narrowed(states[0], 3), states[1])
 
 
 # report
@@ -289,6 +600,12 @@ def test_help_imports_nothing_heavy():
         (["classify", "--learning-rate", "nan"], "--learning-rate"),
         (["classify", "--batch-size", "5000"], "--batch-size"),
         (["classify", "--rank", "1"], "--rank"),
+        (["classify", "--methods", "nosuch"], "nosuch"),
+        (["classify", "--ood-dataset", "nosuch"], "nosuch"),
+        (["classify", "--collections", "99"], "--collections"),
+        (["classify", "--dropout", "1"], "--dropout"),
+        (["classify", "--devices", "99"], "--devices"),
+        (["classify", "--num-samples", "2"], "--num-samples"),
         (["classify", "--num-samples", "0"], "--num-samples"),
         (["publish", "nosuch"], "nosuch"),
     ],
@@ -308,14 +625,17 @@ def test_a_wrong_value_ends_in_one_line_and_exit_code_2(args, said, capsys, tmp_
 def finished(tmp_path_factory):
     """A tiny run of the main job: its folder."""
     results = tmp_path_factory.mktemp("results")
-    assert command_line.main(["classify", *TINY, "--results", str(results)]) == 0
+    assert (
+        command_line.main(["classify", *TINY, "--methods", *FOUR, "--results", str(results)]) == 0
+    )
     return results / "classify" / "digits"
 
 
 def test_classify_writes_its_results(finished):
     record = json.loads((finished / "results.json").read_text())
-    assert list(record["results"]) == ["SGD", "SWA", "SWAG-Diag", "SWAG"]
-    assert list(record["results"]["SGD"]) == ["accuracy", "NLL", "ECE", "Brier", "OOD AUROC"]
+    assert tuple(record["results"]) == FOUR
+    assert list(record["results"]["SGD"])[:5] == ["accuracy", "NLL", "ECE", "Brier", "OOD AUROC"]
+    assert list(record["results"]["SGD"])[5:] == ["FPR95", "sym. KL"]
     for of_method in record["results"].values():
         for summary in of_method.values():
             assert len(summary["values"]) == 2
@@ -334,11 +654,12 @@ def test_the_json_names_no_folder_of_this_machine(finished):
 def test_interrupted_and_its_last_checkpoint_damaged_a_run_resumes_to_the_same_numbers(
     finished, tmp_path, monkeypatch, capsys
 ):
-    args = ["classify", *TINY, "--results", str(tmp_path), "--checkpoint-every", "1"]
+    tiny = [*TINY, "--methods", *FOUR, "--checkpoint-every", "1"]
+    args = ["classify", *tiny, "--results", str(tmp_path)]
     one_by_one, done = training._one_by_one, []
 
-    def interrupted(step, steps):
-        epoch = one_by_one(step, steps)
+    def interrupted(*how):
+        epoch = one_by_one(*how)
 
         def run(*inputs):
             done.append(1)
@@ -353,7 +674,7 @@ def test_interrupted_and_its_last_checkpoint_damaged_a_run_resumes_to_the_same_n
         assert command_line.main(args) == 130
     assert "--resume" in capsys.readouterr().err
     resumed = tmp_path / "classify" / "digits" / "results.json"
-    checkpoints = resumed.parent / "checkpoints" / "averaged_sgd"
+    checkpoints = resumed.parent / "checkpoints" / "averaged_sgd" / "0"
     assert {path.name for path in checkpoints.iterdir()} == {"1", "2"}
     truncated = checkpoints / "2" / "default" / "manifest.ocdbt"
     truncated.write_bytes(truncated.read_bytes()[:50])
@@ -363,7 +684,15 @@ def test_interrupted_and_its_last_checkpoint_damaged_a_run_resumes_to_the_same_n
 
 
 def test_resuming_with_other_options_is_refused(finished, capsys):
-    args = ["classify", *TINY, "--results", str(finished.parents[1]), "--resume"]
+    args = [
+        "classify",
+        *TINY,
+        "--results",
+        str(finished.parents[1]),
+        "--resume",
+        "--methods",
+        *FOUR,
+    ]
     assert command_line.main([*args, "--learning-rate", "0.02"]) == 2
     assert "learning_rate = 0.05, not 0.02" in capsys.readouterr().err
 
@@ -392,7 +721,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
     rng = np.random.default_rng(4)
 
     def start(name, *more):
-        args = ["classify", *TINY, "--checkpoint-every", "1", "--results", str(tmp_path / name)]
+        tiny = [*TINY, "--methods", *FOUR, "--checkpoint-every", "1"]
+        args = ["classify", *tiny, "--results", str(tmp_path / name)]
         return subprocess.Popen([sys.executable, "-m", "benchmarks", *args, *more], cwd=ROOT)
 
     def kill_after(checkpoint, *more):
@@ -405,9 +735,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
             run.kill()
         assert run.returncode == -signal.SIGKILL
 
-    kill_after("decayed_sgd/2.orbax-checkpoint-tmp")
-    kill_after("decayed_sgd/3", "--resume")
-    kill_after("averaged_sgd/2", "--resume")
+    kill_after("decayed_sgd/0/2.orbax-checkpoint-tmp")
+    kill_after("decayed_sgd/0/3", "--resume")
+    kill_after("averaged_sgd/0/2", "--resume")
     for name in ("killed", "uninterrupted"):
         with start(name, "--resume") as run:
             assert run.wait() == 0
@@ -431,10 +761,11 @@ def test_an_unfinished_run_is_not_completed_with_checkpoints_of_an_older_one(tmp
 @needs_data
 @pytest.mark.data
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "trec"])
 def test_classify_runs_on_tfds_sets(name, tmp_path):
     args = ["classify", "--dataset", name, "--data-dir", str(TFDS), "--results", str(tmp_path)]
-    tiny = ["--epochs", "2", "--start", "1", "--seeds", "1", "--num-samples", "2"]
-    assert command_line.main([*args, *tiny]) == 0
+    tiny = ["--epochs", "2", "--start", "1", "--seeds", "1", "--num-samples", "3"]
+    assert command_line.main([*args, *tiny, "--cycles", "2", "--snapshots", "2"]) == 0
     record = json.loads((tmp_path / "classify" / name / "results.json").read_text())
+    assert tuple(record["results"]) == tuple(methods.METHODS)
     assert record["results"]["SGD"]["accuracy"]["mean"] > 0.3

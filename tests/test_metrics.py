@@ -224,6 +224,61 @@ def test_auroc_of_infinite_scores():
     assert float(metrics.auroc([0.0], [-0.0])) == 0.5
 
 
+@pytest.mark.parametrize(("num_in", "num_out"), [(900, 300), (7, 20), (5, 19), (1, 1)])
+def test_fpr95_against_scikit_learn(num_in, num_out):
+    rng = np.random.default_rng(num_out)
+    scores_in = rng.normal(0, 1, num_in).round(1).astype(np.float32)
+    scores_out = rng.normal(1, 1, num_out).round(1).astype(np.float32)
+    truth = np.repeat([0, 1], [num_in, num_out])
+    false, true, _ = sklearn.metrics.roc_curve(
+        truth, np.concatenate([scores_in, scores_out]), drop_intermediate=False
+    )
+    rate = metrics.fpr95(scores_in, scores_out)
+    np.testing.assert_allclose(rate, false[true >= 0.95].min(), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(metrics.fpr95)(scores_in, scores_out), rate, rtol=1e-6)
+
+
+def test_fpr95_lets_one_in_twenty_escape():
+    scores_out = np.array([-9.0] + [1.0] * 19)
+    assert float(metrics.fpr95([0.0, 0.5, 1.0, 2.0], scores_out)) == 0.5
+    assert float(metrics.fpr95([0.0, 0.5, 1.0, 2.0], scores_out[:19])) == 1.0
+
+
+def test_symmetrised_kl_against_numpy():
+    rng = np.random.default_rng(0)
+    inside, outside = (rng.beta(a, 2, 500).astype(np.float32) * np.log(5) for a in (0.5, 2))
+    p, q = (np.histogram(x, 30, (0, np.log(5)))[0] + 0.5 for x in (inside, outside))
+    p, q = p / p.sum(), q / q.sum()
+    expected = scipy.stats.entropy(p, q) + scipy.stats.entropy(q, p)
+    kl = metrics.symmetrised_kl(inside, outside, 5, smoothing=0.5)
+    np.testing.assert_allclose(kl, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics.symmetrised_kl(outside, inside, 5, smoothing=0.5), kl)
+    assert float(metrics.symmetrised_kl(inside, inside, 5)) == 0
+
+
+def test_symmetrised_kl_counts_entropies_at_both_ends():
+    ends = jnp.array([-1e-8, 0.0]), jnp.array([np.log(2), np.log(2) + 1e-6])
+    kl = metrics.symmetrised_kl(*ends, num_classes=2, num_bins=2)  # 3/4, 1/4
+    np.testing.assert_allclose(kl, np.log(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 1}, "num_classes is 1"),
+        ({"num_bins": 0}, "num_bins is 0"),
+        ({"smoothing": 0.0}, r"smoothing is 0\.0"),
+        ({"smoothing": float("inf")}, "smoothing is inf"),
+        ({"entropy_in": [np.nan]}, "entropy_in holds NaN"),
+        ({"entropy_out": []}, "entropy_out has shape"),
+    ],
+)
+def test_bad_arguments_of_symmetrised_kl(changes, message):
+    arguments = {"entropy_in": [0.1], "entropy_out": [0.2], "num_classes": 2} | changes
+    with pytest.raises(ValueError, match=message):
+        metrics.symmetrised_kl(**arguments)
+
+
 # Mistakes of other implementations.
 
 
@@ -404,7 +459,9 @@ def test_strict_promotion_in_half_precision():
         for function in (*PER_LABEL, metrics.reliability):
             function(probs, labels)
         metrics.mutual_information(probs[None])
-        metrics.auroc(probs[:, 0], probs[:, 1])
+        for function in (metrics.auroc, metrics.fpr95):
+            function(probs[:, 0], probs[:, 1])
+        metrics.symmetrised_kl(probs[:, 0], probs[:, 1], 3)
 
 
 def test_nll_has_a_gradient():
@@ -583,14 +640,15 @@ def test_bad_bins(function):
         (np.array([1.0, np.nan]), "holds NaN"),
     ],
 )
-def test_bad_scores(position, scores, message):
+@pytest.mark.parametrize("function", [metrics.auroc, metrics.fpr95])
+def test_bad_scores(function, position, scores, message):
     arguments = [np.zeros(3), np.zeros(3)]
     arguments[position] = scores
     name = ("scores_in", "scores_out")[position]
     with pytest.raises(ValueError, match=f"{name} {message}"):
-        metrics.auroc(*arguments)
+        function(*arguments)
     if scores.ndim == 1 and scores.size:
-        assert np.isnan(jax.jit(metrics.auroc)(*arguments))
+        assert np.isnan(jax.jit(function)(*arguments))
 
 
 # Regression. A case is the arguments of a metric: a Gaussian, or with samples a mixture.
