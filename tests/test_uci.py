@@ -437,7 +437,7 @@ def test_published_figures_have_sources_and_are_of_one_family():
     ("test", "said"),
     [
         ({"difference": 0.5, "standard_error": 0.1, "p": 0.001}, "-0.5000 .* SWAG is better"),
-        ({"difference": -0.5, "standard_error": 0.1, "p": 0.001}, "not shown"),
+        ({"difference": -0.5, "standard_error": 0.1, "p": 0.001}, "SWAG is worse"),
         ({"difference": 0.5, "standard_error": 0.4, "p": 0.2}, "not shown"),
         ({"difference": 0.5, "standard_error": None, "p": None}, "single split"),
     ],

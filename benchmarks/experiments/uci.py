@@ -346,10 +346,12 @@ def _of_iterates(iterates: dict[str, list[Any]]) -> list[str]:
 def _verdict(name: str, test: dict[str, Any]) -> str:
     if test["p"] is None:
         return f"NLL of SWAG - {name}: {-test['difference']:+.4f}, no test of a single split"
-    better = test["difference"] > 0 and test["p"] < LEVEL
+    said = "not shown to be better"
+    if test["p"] < LEVEL:
+        said = "better" if test["difference"] > 0 else "worse"
     return (
         f"NLL of SWAG - {name}: {-test['difference']:+.4f} ± {test['standard_error']:.4f}, "
-        f"p = {test['p']:.2g}: SWAG is {'' if better else 'not shown to be '}better"
+        f"p = {test['p']:.2g}: SWAG is {said}"
     )
 
 
