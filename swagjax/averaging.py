@@ -263,7 +263,7 @@ def _prepare(
         chunk_size = len(keys) if keys.ndim else _default_chunk(posterior, keys)
     if not keys.ndim:
         keys = _split(keys, _number(posterior, num_samples), antithetic)
-    return _Run(posterior, _unjit(prob_fn), refresh, chunk_size, bool(antithetic)), keys
+    return _Run(posterior, unjit(prob_fn), refresh, chunk_size, bool(antithetic)), keys
 
 
 def _check_posterior(posterior: Any, antithetic: bool) -> None:
@@ -504,8 +504,15 @@ def _centre(state: SWAGState, like: Any) -> Any:
     return from_noise(state, jax.tree.map(jnp.zeros_like, state.mean), z2, like=like)
 
 
-def _unjit(function: Any) -> Any:
-    """Return what ``jax.jit`` wraps: a trace in its cache would hide the layers from a look."""
+def unjit(function: Any) -> Any:
+    """Return what ``jax.jit`` wraps: a trace in its cache would hide the layers from a look.
+
+    Example:
+      >>> import jax
+      >>> from swagjax.averaging import unjit
+      >>> unjit(jax.jit(len)) is len
+      True
+    """
     jitted: Any = type(jax.jit(len))
     while isinstance(function, jitted):
         function = function.__wrapped__

@@ -30,16 +30,18 @@ Inference", arXiv:1704.04289. The formulas are derived anew where they stand.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from swagjax.transform import SWAGState, check_integer, swa, widen
+from swagjax.transform import SWAGState, check_integer, swa, wide_dtype, widen
 
 Loss = Callable[[Any, Any], ArrayLike]
 
@@ -62,7 +64,8 @@ class GradientNoise(NamedTuple):
     @property
     def trace(self) -> jax.Array:
         """The trace of C."""
-        return jnp.asarray(sum(v.sum() for v in jax.tree.leaves(self.variance)))
+        sums = [v.sum() for v in jax.tree.leaves(self.variance)]
+        return functools.reduce(jnp.add, _common(*sums))
 
 
 def gradient_noise(loss: Loss, params: Any, batches: Iterable[Any]) -> GradientNoise:
@@ -81,7 +84,7 @@ def gradient_noise(loss: Loss, params: Any, batches: Iterable[Any]) -> GradientN
       A :class:`GradientNoise`, float32 at the least.
 
     Raises:
-      ValueError: no batches, or an empty or ragged one.
+      ValueError: no batches, an empty or ragged one, a loss that is no scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,6 +156,7 @@ def optimal_step_size(
       >>> round(float(step), 6)
       0.001
     """
+    _check_noise(noise)
     _check_momentum(momentum)
     step = _factor(num_data, batch_size) * _size(noise.variance) / noise.trace
     return jnp.asarray((1 - momentum) * step)
@@ -197,7 +201,10 @@ def scale_by_variance(
       >>> print(tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0])
       [-0.1   -0.025]
     """
+    _check_noise(noise)
     factor = _factor(num_data, batch_size)
+    if not isinstance(damping, jax.core.Tracer) and not 0 <= damping < math.inf:
+        raise ValueError(f"damping={damping!r}: give a finite number of at least 0")
 
     def init_fn(params: optax.Params) -> PreconditionerState:
         shapes, own = (jax.tree.map(jnp.shape, tree) for tree in (params, noise.variance))
@@ -208,7 +215,8 @@ def scale_by_variance(
 
     def update_fn(updates: optax.Updates, state: Any, params: Any = None) -> Any:
         del params
-        scaled = jax.tree.map(lambda g, h: g * h.astype(g.dtype), updates, state.preconditioner)
+        # In the precision of H, and back.
+        scaled = jax.tree.map(_times, updates, state.preconditioner)
         return scaled, state
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -257,9 +265,11 @@ def scale_by_covariance(
 
     def update_fn(updates: optax.Updates, state: Any, params: Any = None) -> Any:
         del params
-        flat, unravel = ravel_pytree(updates)
-        H = state.preconditioner.astype(flat.dtype)
-        return unravel(jnp.matmul(H, flat, precision=jax.lax.Precision.HIGHEST)), state
+        H = state.preconditioner
+        # In the precision of H, and back.
+        flat, unravel = ravel_pytree(jax.tree.map(lambda g: g.astype(H.dtype), updates))
+        moved = unravel(jnp.matmul(H, flat, precision=jax.lax.Precision.HIGHEST))
+        return jax.tree.map(lambda x, g: x.astype(g.dtype), moved, updates), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -353,8 +363,8 @@ def stationary_covariance(
        [0.     0.0102]]
     """
     _check_momentum(momentum)
-    m, e = momentum, jnp.asarray(step_size)
-    a, q, basis = _modes(hessian, noise_covariance, e, batch_size, preconditioner)
+    m = momentum
+    a, q, basis, e = _modes(hessian, noise_covariance, step_size, batch_size, preconditioner)
     a_i, a_j = a[:, None], a[None]
     pull = e * (1 - m) ** 2 * ((1 + m) * (a_i + a_j) - e * a_i * a_j)
     pairs = (1 - m**2) * q / (m * e**2 * (a_i - a_j) ** 2 + pull)
@@ -389,8 +399,8 @@ def averaged_covariance(
       >>> round(1000 * averaged.item(), 3)
       0.996
     """
-    T, e = check_integer("window", window, 1), jnp.asarray(step_size)
-    a, q, basis = _modes(hessian, noise_covariance, e, batch_size, preconditioner)
+    T = check_integer("window", window, 1)
+    a, q, basis, e = _modes(hessian, noise_covariance, step_size, batch_size, preconditioner)
     pull, k = e * a, jnp.arange(1, T, dtype=a.dtype)
     f = ((T - k)[None] * (1 - pull)[:, None] ** k[None]).sum(-1)
     p_i, p_j = pull[:, None], pull[None]
@@ -412,7 +422,7 @@ def kl_to_posterior(covariance: ArrayLike, hessian: ArrayLike, num_data: int) ->
       A scalar; NaN where a matrix is not positive definite.
 
     Raises:
-      ValueError: for a bad ``num_data``.
+      ValueError: for a bad ``num_data``, other shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -422,9 +432,14 @@ def kl_to_posterior(covariance: ArrayLike, hessian: ArrayLike, num_data: int) ->
       0.0
     """
     N = check_integer("num_data", num_data, 1)
+    sigma, A = _common(covariance, hessian)
+    if sigma.ndim != 2 or not sigma.shape == A.shape == sigma.shape[::-1]:
+        raise ValueError(
+            f"covariance {sigma.shape}, hessian {A.shape}: give two square matrices of one size"
+        )
     with jax.default_matmul_precision("highest"):
-        half = jnp.linalg.cholesky(jnp.asarray(hessian))
-        excess = jnp.linalg.eigvalsh(N * half.T @ jnp.asarray(covariance) @ half) - 1
+        half = jnp.linalg.cholesky(A)
+        excess = jnp.linalg.eigvalsh(N * half.T @ sigma @ half) - 1
     return jnp.asarray((excess - jnp.log1p(excess)).sum() / 2)
 
 
@@ -437,6 +452,12 @@ class _Moments(NamedTuple):
 
 def _stream(of: _Moments, params: Any, batches: Iterable[Any]) -> tuple[Any, Any, Any]:
     """Examples, mean gradient and second moment about it, of all batches together."""
+    if not callable(of.loss):
+        raise ValueError(f"loss is a {type(of.loss).__name__}: give a function of one example")
+    if isinstance(batches, jax.Array | np.ndarray | Mapping) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}: give a list of them, [batch] for a single one"
+        )
     total: tuple[Any, Any, Any] | None = None
     for batch in batches:
         sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
@@ -454,7 +475,16 @@ def _stream(of: _Moments, params: Any, batches: Iterable[Any]) -> tuple[Any, Any
 
 @functools.partial(jax.jit, static_argnums=0)
 def _of_batch(of: _Moments, params: Any, batch: Any) -> tuple[Any, Any, Any]:
-    gradients = jax.vmap(jax.grad(of.loss), (None, 0))(params, batch)
+    def loss(params: Any, example: Any) -> Any:
+        value = of.loss(params, example)
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"loss returned an array of shape {jnp.shape(value)}: return one number, of one "
+                "example"
+            )
+        return value
+
+    gradients = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
     gradients = jax.tree.map(widen, gradients)
     mean = jax.tree.map(lambda g: g.mean(0), gradients)
     centred = jax.tree.map(lambda g, m: g - m[None], gradients, mean)
@@ -483,18 +513,19 @@ def _squares(deviations: Any) -> Any:
 
 
 def _outer_products(deviations: Any) -> jax.Array:
-    flat = jax.vmap(lambda d: ravel_pytree(d)[0])(deviations)
+    leaves = _common(*jax.tree.leaves(deviations))
+    flat = jnp.concatenate([x.reshape(len(x), -1) for x in leaves], 1)
     products: jax.Array = jnp.matmul(flat.T, flat, precision=jax.lax.Precision.HIGHEST)
     return products
 
 
 def _modes(
-    hessian: ArrayLike, noise_covariance: ArrayLike, step: jax.Array, batch_size: int, given: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The diagonal a of A in the basis B, ``eps^2/S B^T C B``, and B."""
-    A, C, S = jnp.asarray(hessian), jnp.asarray(noise_covariance), batch_size
-    H = jnp.ones(A.shape[:1], A.dtype) if given is None else jnp.asarray(given)
-    check_integer("batch_size", S, 1)
+    hessian: ArrayLike, noise_covariance: ArrayLike, step: ArrayLike, batch_size: int, given: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The diagonal a of A in the basis B, ``eps^2/S B^T C B``, B, and eps."""
+    given = np.ones(jnp.shape(hessian)[:1], np.float32) if given is None else given
+    A, C, H, step = _common(hessian, noise_covariance, given, step)
+    S = check_integer("batch_size", batch_size, 1)
     if not A.shape == C.shape == 2 * H.shape[:1] or H.shape not in (A.shape, A.shape[:1]):
         raise ValueError(
             f"hessian {A.shape}, noise_covariance {C.shape}, preconditioner {H.shape}: give two "
@@ -504,7 +535,7 @@ def _modes(
         root = jnp.diag(jnp.sqrt(H)) if H.ndim == 1 else jnp.linalg.cholesky(H)
         a, rotation = jnp.linalg.eigh(root.T @ A @ root)
         basis = root @ rotation
-        return a, step**2 / S * (basis.T @ C @ basis), basis
+        return a, step**2 / S * (basis.T @ C @ basis), basis, step
 
 
 def _assemble(pairs: jax.Array, basis: jax.Array, stable: jax.Array) -> jax.Array:
@@ -518,6 +549,17 @@ def _assemble(pairs: jax.Array, basis: jax.Array, stable: jax.Array) -> jax.Arra
         return jnp.where(stable.all(), basis @ pairs @ basis.T, jnp.nan)
 
 
+def _common(*arrays: ArrayLike) -> list[jax.Array]:
+    """In the dtype that holds all of them, float32 at the least."""
+    found = [jnp.asarray(x) for x in arrays]
+    strong = [x.dtype for x in found if not x.weak_type]
+    return [x.astype(wide_dtype(*strong)) for x in found]
+
+
+def _times(g: jax.Array, h: jax.Array) -> jax.Array:
+    return (g.astype(h.dtype) * h).astype(g.dtype)
+
+
 def _size(tree: Any) -> int:
     return sum(jnp.size(x) for x in jax.tree.leaves(tree))
 
@@ -529,8 +571,16 @@ def _factor(num_data: int, batch_size: int) -> float:
 
 
 def _check_momentum(momentum: Any) -> None:
-    if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
+    known = not isinstance(momentum, jax.core.Tracer)
+    if jnp.shape(momentum) != () or (known and not 0 <= momentum < 1):
         raise ValueError(f"momentum={momentum!r}: give a number of at least 0 and below 1")
+
+
+def _check_noise(noise: Any) -> None:
+    if not isinstance(noise, GradientNoise):
+        raise ValueError(
+            f"noise is a {type(noise).__name__}: give what constant_sgd.gradient_noise returned"
+        )
 
 
 def _checked(preconditioner: Any, message: str) -> PreconditionerState:

@@ -244,6 +244,7 @@ def draw(key: jax.Array, posterior: Mixture | Points, index: chex.Numeric) -> An
       >>> print(ensemble.draw(jax.random.key(0), ensemble.Points(jnp.array([[1.0], [2.0]])), 1))
       [2.]
     """
+    size(posterior)  # raises where it is of no use
     if isinstance(posterior, Points):
         return jax.tree.map(lambda x: _at(x, index), posterior.params)
     return _sample_of(key, posterior, jnp.asarray(index), None, 1.0, 0.0, centering="running")

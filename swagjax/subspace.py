@@ -50,7 +50,7 @@ from swagjax import pooling, prng
 from swagjax.gaussian import Centering, combine, contract, gaussian, gram, known, pooled
 from swagjax.pairing import fill, restrict
 from swagjax.posterior import check_collected
-from swagjax.transform import SWAGState, check_integer, widen
+from swagjax.transform import SWAGState, check_integer, wide_dtype, widen
 
 
 class Subspace(NamedTuple):
@@ -127,7 +127,7 @@ def random(key: chex.PRNGKey, origin: Any, dim: int) -> Subspace:
       dim: how many directions.
 
     Raises:
-      ValueError: for a bad key, or ``dim`` below 1.
+      ValueError: for a bad key, ``dim`` below 1, an origin that is not of floats.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -139,14 +139,20 @@ def random(key: chex.PRNGKey, origin: Any, dim: int) -> Subspace:
     Source: Izmailov et al. 2019.
     """
     dim = check_integer("dim", dim, 1)
+    key = prng.one_key(key)
     leaves, treedef = jax.tree.flatten(origin)
-    keys = jax.random.split(prng.one_key(key), max(1, len(leaves)))
+    kinds = {str(jnp.asarray(x).dtype) for x in leaves}
+    if not all(jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) for x in leaves) or not kinds:
+        raise ValueError(
+            f"origin holds numbers of {sorted(kinds)}: give parameters, floats, such as "
+            "swagjax.mean(state)"
+        )
+    keys = jax.random.split(key, len(leaves))
     drawn = [
         jax.random.normal(k, (dim, *jnp.shape(x)), widen(jnp.asarray(x)).dtype)
-        for k, x in zip(keys, leaves, strict=False)
+        for k, x in zip(keys, leaves, strict=True)
     ]
-    squares = [(x**2).sum(tuple(range(1, x.ndim))) for x in drawn]
-    length = jnp.sqrt(functools.reduce(jnp.add, squares))
+    length = jnp.sqrt(_total([(x**2).sum(tuple(range(1, x.ndim))) for x in drawn]))
     scaled = [x / length.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype) for x in drawn]
     return Subspace(origin, jax.tree.unflatten(treedef, scaled), jnp.ones_like(length))
 
@@ -173,6 +179,7 @@ def point(space: Subspace, z: jax.Array, *, like: Any = None) -> Any:
       >>> print(subspace.point(space, jnp.array([3.0])))
       [7. 1.]
     """
+    _check_space(space)
     z = jnp.asarray(z)
     if z.shape != space.variances.shape:
         raise ValueError(
@@ -202,6 +209,7 @@ def coordinates(space: Subspace, params: Any) -> jax.Array:
       >>> print(subspace.coordinates(space, jnp.array([7.0, 5.0])))
       [3.]
     """
+    _check_space(space)
     params = restrict(space.origin, params, "params")
     away = [
         x - widen(o)
@@ -246,12 +254,18 @@ def log_likelihood(
       -2.0
     """
     _check_temperature(temperature)
-    value = jnp.asarray(function(point(space, z)))
-    if value.shape != ():
+    if not callable(function):
         raise ValueError(
-            f"function returned an array of shape {value.shape}: return one number, the sum of the "
-            "log-likelihood over all data"
+            f"function is a {type(function).__name__}: give one from weights to the log-likelihood"
         )
+    value = function(point(space, z))
+    if value is None or jnp.shape(value) != ():
+        what = "None" if value is None else f"an array of shape {jnp.shape(value)}"
+        raise ValueError(
+            f"function returned {what}: return one number, the sum of the log-likelihood over all "
+            "data"
+        )
+    value = widen(jnp.asarray(value))
     return value / jnp.asarray(temperature, value.dtype)
 
 
@@ -303,11 +317,19 @@ def _signed(vectors: jax.Array) -> jax.Array:
 
 def _inner(rows: jax.Array, x: jax.Array) -> jax.Array:
     """Inner products of every row with a leaf."""
-    return (widen(rows) * x[None]).sum(tuple(range(1, rows.ndim)))
+    return (widen(rows) * x.astype(widen(rows).dtype)[None]).sum(tuple(range(1, rows.ndim)))
 
 
 def _total(arrays: list[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, arrays)
+    dtype = wide_dtype(*[x.dtype for x in arrays])
+    return functools.reduce(jnp.add, [x.astype(dtype) for x in arrays])
+
+
+def _check_space(space: Any) -> None:
+    if not isinstance(space, Subspace):
+        raise ValueError(
+            f"space is a {type(space).__name__}: give what subspace.pca or subspace.random made"
+        )
 
 
 def _check_temperature(temperature: Any) -> None:

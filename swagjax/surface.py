@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 from swagjax import prng
+from swagjax.averaging import unjit
 from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
 from swagjax.gaussian import (
     Centering,
@@ -97,8 +98,8 @@ def plane(first: Any, second: Any, third: Any) -> Plane:
       The plane, with the coordinates of the three, shape (3, 2).
 
     Raises:
-      ValueError: for trees that differ in structure or shape, and, outside ``jit``, for weights
-        that are equal or lie on one line; inside, the directions are NaN.
+      ValueError: for trees that differ in structure or shape or are not of floats, and, outside
+        ``jit``, for weights that are equal or lie on one line; inside, the directions are NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,6 +113,7 @@ def plane(first: Any, second: Any, third: Any) -> Plane:
 
     Source: Garipov et al. 2018, the visualisation of figure 1; Izmailov et al. 2018, figure 3.
     """
+    _check_weights("first", first)
     found: Plane
     found, independent = _plane(first, second, third)
     _check_independent(
@@ -191,9 +193,17 @@ def point(plane: Plane, coordinates: Sequence[chex.Numeric] | jax.Array) -> Any:
       >>> print(surface.point(plane, (5.0, 7.0)))
       [5. 0. 7.]
     """
+    _check_plane(plane)
     num = plane.points.shape[-1]
-    if len(coordinates) != num:
-        raise ValueError(f"coordinates are {len(coordinates)} numbers: the plane has {num} axes")
+    if isinstance(coordinates, Sequence):
+        shapes = {jnp.shape(c) for c in coordinates}
+    else:
+        shapes = {coordinates.shape[1:]}
+    if len(coordinates) != num or shapes != {()}:
+        raise ValueError(
+            f"coordinates are {len(coordinates)} numbers of shapes {sorted(shapes)}: the plane has "
+            f"{num} axes, give a number for each; many points go to evaluate, or through jax.vmap"
+        )
     found: Any = _point(plane, coordinates)
     return found
 
@@ -220,6 +230,7 @@ def coordinates(plane: Plane, params: Any) -> tuple[jax.Array, jax.Array]:
       >>> print(*surface.coordinates(plane, jnp.array([1.0, 4.0, 3.0])))
       [1. 3.] 4.0
     """
+    _check_plane(plane)
     found: tuple[jax.Array, jax.Array] = _coordinates(plane, params)
     return found
 
@@ -239,7 +250,7 @@ def grid(plane: Plane, num: int = 25, margin: float = 0.3) -> list[jax.Array]:
       Coordinates x and y, each of shape (num, num), x along the columns.
 
     Raises:
-      ValueError: for a plane of another dimension, fewer than two grid points.
+      ValueError: for a plane of another dimension, fewer than two grid points, a margin below 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -250,6 +261,9 @@ def grid(plane: Plane, num: int = 25, margin: float = 0.3) -> list[jax.Array]:
       [-1.  1.  3.] [-1.5  0.5  2.5]
     """
     check_integer("num", num, 2)
+    _check_plane(plane)
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin={margin!r}: give a share of at least 0, such as 0.3")
     if plane.points.shape[-1] != 2:
         raise ValueError(f"plane has {plane.points.shape[-1]} directions: a grid takes one of 2")
     found: list[jax.Array] = _grid(plane.points, margin, num)
@@ -279,6 +293,8 @@ def ray(origin: Any, direction: Any, t: chex.Numeric) -> Any:
 
     Source: Izmailov et al. 2018, section 4.3, the width of an optimum along random rays.
     """
+    _check_weights("origin", origin)
+    _check_number("t", t)
     found: Any = _ray(origin, direction, t)
     return found
 
@@ -394,14 +410,14 @@ def evaluate(
     """
     check_integer("chunk_size", chunk_size, 1)
     for name, function in (("fn", fn), ("path", path), ("refresh", refresh)):
-        if not (callable(function) or (name == "refresh" and function is None)):
-            raise ValueError(f"{name} is a {type(function).__name__}: give a function")
+        if not (name == "refresh" and function is None):
+            _check_function(name, function)
     shapes = {jnp.shape(x) for x in jax.tree.leaves(at)}
     if len(shapes) != 1 or 0 in next(iter(shapes)):
         raise ValueError(f"at holds arrays of shapes {sorted(shapes)}: give one shape, not empty")
     if refresh is None:
         refuse_closure(fn)
-    return _compiled(_Evaluation(chunk_size), (fn, path, refresh), at, data)
+    return _compiled(_Evaluation(chunk_size), (unjit(fn), path, refresh), at, data)
 
 
 def project(
@@ -448,6 +464,7 @@ def project(
 
     Source: Maddox et al. 2019 (arXiv:1902.02476), equation 1 and section 4 (posterior shapes).
     """
+    _check_plane(plane)
     check_collected(state)
     # Of no leaves, for the errors of options.
     none = SWAGState(state.step, state.count, state.skipped, (), None, None)
@@ -508,6 +525,7 @@ def bezier(points: Sequence[Any], t: chex.Numeric) -> Any:
     Source: Garipov et al. 2018, section 3.2.
     """
     _check_points(points)
+    _check_number("t", t)
     found: Any = _bezier(tuple(points), t)
     return found
 
@@ -539,6 +557,7 @@ def chain(points: Sequence[Any], t: chex.Numeric) -> Any:
     Source: Garipov et al. 2018, section 3.2.
     """
     _check_points(points)
+    _check_number("t", t)
     found: Any = _chain(tuple(points), t)
     return found
 
@@ -577,8 +596,8 @@ def connect(
       drawn.
 
     Raises:
-      ValueError: for a bad key, fewer than three points, trees that differ in structure or shape,
-        batches that differ in length.
+      ValueError: for a bad key or function, fewer than three points, trees that differ in
+        structure or shape, batches that differ in length, a loss that is no scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -599,6 +618,10 @@ def connect(
 
     Source: Garipov et al. 2018, section 3.1, equation 2.
     """
+    for name, function in (("loss_fn", loss_fn), ("curve", curve)):
+        _check_function(name, function)
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(f"tx={tx!r}: give an optax transformation, such as optax.sgd(0.1)")
     if len(points) < 3:
         raise ValueError(
             f"points are {len(points)}, of which the ends are fixed: give at least 3, such as "
@@ -637,9 +660,9 @@ class _Evaluation(NamedTuple):
         def one(c: Any) -> Any:
             params = path(c)
             if refresh is not None:
-                return fn(params, data, refresh(params))
+                return _values(fn(params, data, refresh(params)))
             with refuse_stored():
-                return fn(params, data)
+                return _values(fn(params, data))
 
         # Never a chunk of one: vmap would make convolutions grouped ones.
         chunk = None if self.chunk_size == 1 or size == 1 else min(self.chunk_size, size)
@@ -660,7 +683,7 @@ def _train(functions: Any, key: jax.Array, points: tuple[Any, ...], batches: Any
         t = jax.random.uniform(key, dtype=dtype)
 
         def loss(trained: Any) -> Any:
-            return loss_fn(curve((start, *trained, end), t), batch)
+            return _scalar(loss_fn(curve((start, *trained, end), t), batch))
 
         value, grads = jax.value_and_grad(loss)(trained)
         updates, opt_state = tx.update(grads, opt_state, trained)
@@ -713,7 +736,8 @@ def _pca_plane(trajectory: Any, num: int) -> tuple[Plane, jax.Array]:
     vectors = jnp.linalg.eigh(_gram(rows, mixing))[1][:, ::-1][:, :num]
     extremes = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), 0)[None], 0)
     vectors = vectors * jnp.where(extremes < 0, -1, 1).astype(vectors.dtype)
-    sums = combine(contract(vectors.T, mixing), rows)
+    mixed = combine(contract(vectors.T, mixing), rows)
+    sums = [x.astype(widen(ring).dtype) for x, ring in zip(mixed, rows, strict=True)]
     basis, lengths = _orthonormal([[x[r] for x in sums] for r in range(num)])
     size = _norm(jax.tree.leaves(origin)) + lengths[0]
     independent = lengths > _ROUNDINGS * _eps(lengths) * size
@@ -735,7 +759,7 @@ def _deviations(trajectory: Any) -> tuple[Any, list[jax.Array], jax.Array, jax.A
         return origin, rows, mixing, number[order] > 0
     first = jax.tree.map(lambda x: widen(x[0]), trajectory)
     rows = [widen(x) - widen(x[:1]) for x in jax.tree.leaves(trajectory)]  # near, so exact
-    num, dtype = len(rows[0]), jnp.result_type(*rows)
+    num, dtype = len(rows[0]), wide_dtype(*[x.dtype for x in rows])
     mixing = jnp.eye(num, dtype=dtype) - jnp.asarray(1 / num, dtype)
     means = jax.tree.unflatten(jax.tree.structure(first), [x.mean(0) for x in rows])
     return jax.tree.map(jnp.add, first, means), rows, mixing, jnp.ones(num, bool)
@@ -944,12 +968,59 @@ def _eps(x: jax.Array) -> float:
     return float(jnp.finfo(x.dtype).eps)
 
 
+def _values(found: Any) -> Any:
+    if not jax.tree.leaves(found):
+        raise ValueError(f"fn returned {found!r}: return an array, or a tree of arrays")
+    return found
+
+
+def _scalar(loss: Any) -> Any:
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            f"loss_fn returned an array of shape {jnp.shape(loss)}: return one number, the mean "
+            "over the batch"
+        )
+    return loss
+
+
+def _check_function(name: str, function: Any) -> None:
+    if not callable(function):
+        raise ValueError(f"{name} is a {type(function).__name__}: give a function")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{name} has shape {jnp.shape(value)}: give one number; many go to evaluate, or "
+            "through jax.vmap"
+        )
+
+
+def _check_plane(plane: Any) -> None:
+    if not isinstance(plane, Plane):
+        raise ValueError(
+            f"plane is a {type(plane).__name__}: give what surface.plane or surface.pca_plane made"
+        )
+
+
+def _check_weights(name: str, tree: Any) -> None:
+    """Refuse integers, to which points between them would be rounded."""
+    dtypes = {jnp.asarray(x).dtype for x in jax.tree.leaves(tree)}
+    wrong = [str(dtype) for dtype in dtypes if not jnp.issubdtype(dtype, jnp.floating)]
+    if wrong:
+        raise ValueError(
+            f"{name} holds numbers of {sorted(wrong)[0]}: give weights, arrays of floats, such as "
+            "swagjax.mean(state) makes of a state"
+        )
+
+
 def _check_points(points: Sequence[Any]) -> None:
     if not isinstance(points, Sequence) or len(points) < 2:
         raise ValueError(
             f"points is a {type(points).__name__} of {len(jax.tree.leaves(points))} arrays: give a "
             "list or tuple of at least 2 trees of weights"
         )
+    _check_weights("points[0]", points[0])
 
 
 def _check_trajectory(trajectory: Any) -> int:
@@ -963,6 +1034,7 @@ def _check_trajectory(trajectory: Any) -> int:
                 "iterates stacked on a first axis"
             )
         return len(rings[0])
+    _check_weights("trajectory", trajectory)
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(trajectory)}
     if len(lengths) != 1 or lengths <= {(), (0,)}:
         raise ValueError(

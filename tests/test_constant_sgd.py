@@ -67,8 +67,18 @@ def draw_reshuffled(key, step):
     return jax.lax.dynamic_slice(order, (step % WINDOW * S,), (S,))
 
 
-def run(loss, data, optimum, tx, steps=4 * WINDOW, draw=draw_with_replacement, window=WINDOW):
-    """Last iterates and last averages of independent chains from the optimum, (CHAINS, D) each."""
+def run(
+    loss,
+    data,
+    optimum,
+    tx,
+    *,
+    steps=4 * WINDOW,
+    draw=draw_with_replacement,
+    window=WINDOW,
+    chains=CHAINS,
+):
+    """Last iterates and last averages of independent chains from the optimum, (chains, D) each."""
     tx = optax.chain(tx, constant_sgd.iterate_average(window))
     x, y = map(jnp.asarray, data)
 
@@ -88,7 +98,7 @@ def run(loss, data, optimum, tx, steps=4 * WINDOW, draw=draw_with_replacement, w
         average = swagjax.get_state(opt_state).mean
         return ravel_pytree(params)[0], ravel_pytree(average)[0]
 
-    keys = jax.random.split(jax.random.key(0), CHAINS)
+    keys = jax.random.split(jax.random.key(0), chains)
     return [np.asarray(found, float) for found in jax.jit(jax.vmap(chain))(keys)]
 
 
@@ -111,13 +121,12 @@ def random_matrix(rng, size=D):
 # Noise of the gradients.
 
 
-@pytest.mark.parametrize("cuts", [[], [1, 100]])
-def test_noise_is_that_of_single_gradients_however_the_examples_are_cut(cuts):
+def test_noise_is_that_of_single_gradients_however_the_examples_are_cut():
     data = linear_data()
-    params = {"b": jnp.float32(0.5), "w": jnp.array([0.1, -0.2])}
+    params = {"b": jnp.float32(0.5), "w": jnp.array([0.1, -0.2], jnp.float32)}
     X = np.column_stack([np.ones(N), data[0]]).astype(float)
     gradients = X * (X @ [0.5, 0.1, -0.2] - data[1])[:, None]
-    batches = list(zip(*(np.split(part, cuts) for part in data), strict=True))
+    batches = [tuple(part[rows] for part in data) for rows in (slice(50), slice(50, None))]
     noise = constant_sgd.gradient_noise(squared_error, params, iter(batches))
     assert int(noise.count) == N
     np.testing.assert_allclose(oracle.flatten(noise.mean), gradients.mean(0), rtol=1e-4, atol=1e-6)
@@ -162,10 +171,10 @@ def test_batches_that_are_none(batches, message):
 
 def recursion(A, C, eps, m, H):
     """The stationary covariance of position and velocity together, by SciPy."""
-    eye = np.eye(D)
+    eye = np.eye(len(A))
     step = np.block([[eye - eps * H @ A, m * eye], [-eps * H @ A, m * eye]])
     q = eps**2 / S * H @ C @ H
-    return linalg.solve_discrete_lyapunov(step, np.block([[q, q], [q, q]]))[:D, :D]
+    return linalg.solve_discrete_lyapunov(step, np.block([[q, q], [q, q]]))[: len(A), : len(A)]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -261,7 +270,7 @@ def test_order_of_scalar_diagonal_and_full_where_noise_is_proportional_to_the_he
     """The theorem: C = A, and C = 3 A, where a step three times as small mends it."""
     A = random_matrix(np.random.default_rng(5))
     C = c * A
-    unit = constant_sgd.optimal_step_size(exact_noise(C), MANY, S) * np.eye(D)
+    unit = float(constant_sgd.optimal_step_size(exact_noise(C), MANY, S)) * np.eye(D)
     diag = np.diag(constant_sgd.scale_by_variance(exact_noise(C), MANY, S).init(jnp.zeros(D))[0])
     full = 2 * S / MANY * np.linalg.inv(C)
     scalar_kl, diagonal_kl, full_kl = kl_of_sgd(A, C, np.ones(3), 0.0, np.stack([unit, diag, full]))
@@ -402,6 +411,40 @@ def test_wrong_uses_are_told(use, message):
         use()
 
 
+def test_a_preconditioner_keeps_its_digits_for_gradients_of_bfloat16():
+    """In bfloat16 H would be another matrix: what its entries leave of each other is 1/500."""
+    C = np.array([[1.0, 0.998], [0.998, 1.0]])
+    params, gradient = jnp.zeros(2, jnp.float32), jnp.ones(2, jnp.bfloat16)
+    tx = constant_sgd.scale_by_covariance(C, 2, 1)
+    updates, _ = tx.update(gradient, tx.init(params))
+    np.testing.assert_allclose(np.asarray(updates, float), 1 / C.sum(0), rtol=2**-8)
+
+
+@pytest.mark.slow
+def test_two_precisions_without_silent_promotion():
+    """Leaves of float32 and float64, and matrices of both, under strict promotion."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        rng = np.random.default_rng(11)
+        x = jnp.asarray(rng.normal(size=(20, 3)))
+        params = {"a": jnp.zeros(2, jnp.float32), "b": jnp.zeros(1, jnp.float64)}
+
+        def loss(params, row):
+            return (params["a"].astype(row.dtype) * row[:2]).sum() + (params["b"] * row[2:]).sum()
+
+        wanted = np.cov(x.T, ddof=0)
+        noise = constant_sgd.gradient_noise(loss, params, [x])
+        np.testing.assert_allclose(noise.trace, np.trace(wanted), rtol=1e-6)
+        covariance = constant_sgd.gradient_covariance(loss, params, [x])
+        np.testing.assert_allclose(covariance, wanted, rtol=1e-5, atol=1e-6)
+        tx = constant_sgd.scale_by_covariance(covariance, N, S)
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params))
+        assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
+        step, C = jnp.float32(0.1), jnp.eye(2, dtype=jnp.float32)
+        sigma = constant_sgd.stationary_covariance(np.eye(2), C, step, S)
+        np.testing.assert_allclose(sigma, recursion(np.eye(2), np.eye(2), 0.1, 0, np.eye(2)))
+        assert constant_sgd.kl_to_posterior(sigma.astype(jnp.float32), np.eye(2), 40) < 1
+
+
 # SGD itself.
 
 
@@ -425,15 +468,8 @@ def kinds(noise, covariance):
     }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("scalar", marks=pytest.mark.slow),
-        pytest.param("momentum", marks=pytest.mark.slow),
-        pytest.param("diagonal", marks=pytest.mark.slow),
-        "full",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["scalar", "momentum", "diagonal", "full"])
 def test_linear_regression_has_the_predicted_covariances(kind):
     """Of iterates, and of averages where there is a formula; the posterior is the full one's."""
     data = linear_data()
@@ -458,7 +494,7 @@ def test_where_the_model_is_wrong_averages_have_the_covariance_of_the_sandwich()
     data = linear_data(noise=3.0)
     center, A, C = linear_truth(data)
     tx, steps = optax.sgd(0.05), 10 * WINDOW
-    _, averages = run(squared_error, data, as_params(center), tx, 2 * steps, window=steps)
+    _, averages = run(squared_error, data, as_params(center), tx, steps=2 * steps, window=steps)
     window = np.asarray(constant_sgd.averaged_covariance(A, C, 0.05, S, steps), float)
     assert distance(averages, window) < LIMIT
     sandwich = np.linalg.solve(A, np.linalg.solve(A, C).T) / N
@@ -474,7 +510,7 @@ def test_reshuffled_minibatches_spread_less():
     center, A, C = linear_truth(data)
     optimum = as_params(center)
     tx, (eps, _) = kinds(noise_of(squared_error, data, optimum), C)["scalar"]
-    iterates, averages = run(squared_error, data, optimum, tx, draw=draw_reshuffled)
+    iterates, averages = run(squared_error, data, optimum, tx, draw=draw_reshuffled, chains=1024)
     predicted = constant_sgd.stationary_covariance(A, C, eps, S)
     assert np.trace(np.cov(iterates.T)) < 0.7 * np.trace(predicted)
     window = constant_sgd.averaged_covariance(A, C, eps, S, WINDOW)
@@ -497,13 +533,23 @@ def logistic_data():
     return (x.astype(np.float32), y.astype(np.float32)), center, A, C
 
 
+@functools.cache
+def logistic_runs():
+    """Of each kind the arguments of its stationary covariance, and iterates."""
+    data, center, _, C = logistic_data()
+    optimum = as_params(center)
+    of = kinds(noise_of(logistic, data, optimum), C)
+    return {
+        kind: (eps, options, run(logistic, data, optimum, tx, steps=20 * WINDOW)[0])
+        for kind, (tx, (eps, options)) in of.items()
+    }
+
+
 @pytest.mark.slow
 def test_logistic_regression_has_the_predicted_covariances():
     """The loss is no parabola: 10 % is what 200 examples allow."""
-    data, center, A, C = logistic_data()
-    optimum = as_params(center)
-    for tx, (eps, options) in kinds(noise_of(logistic, data, optimum), C).values():
-        iterates, _ = run(logistic, data, optimum, tx, steps=20 * WINDOW)
+    _, _, A, C = logistic_data()
+    for eps, options, iterates in logistic_runs().values():
         predicted = np.asarray(constant_sgd.stationary_covariance(A, C, eps, S, **options), float)
         M = np.linalg.solve(predicted, np.cov(iterates.T))
         np.testing.assert_allclose(np.linalg.eigvals(M), 1, atol=0.15)
@@ -514,8 +560,7 @@ def test_order_on_logistic_regression_against_nuts():
     """KL of the moments of SGD to those of NUTS: scalar, diagonal, full."""
     import blackjax
 
-    data, center, _, C = logistic_data()
-    x, y = data
+    (x, y), center, _, _ = logistic_data()
     optimum = as_params(center)
 
     def log_density(params):
@@ -538,8 +583,7 @@ def test_order_on_logistic_regression_against_nuts():
     draws = np.asarray(draws, float).reshape(-1, D)
     mean, covariance = draws.mean(0), np.cov(draws.T)
     found = {}
-    for kind, (tx, _) in kinds(noise_of(logistic, data, optimum), C).items():
-        iterates, _ = run(logistic, data, optimum, tx, steps=20 * WINDOW)
+    for kind, (_, _, iterates) in logistic_runs().items():
         moments = iterates.mean(0), np.cov(iterates.T)
         found[kind] = oracle.kl(*moments, mean, covariance)
     assert found["scalar"] > found["diagonal"] + 0.02 > found["full"] + 0.04

@@ -658,6 +658,173 @@ NUMBERS = {
     ),
 }
 
+# --- Surfaces, subspaces, constant steps, cycles ---------------------------------------------
+
+CORNERS = jnp.eye(3)
+
+
+def linear(params, _):
+    return params.sum()
+
+
+def noise():
+    return swagjax.constant_sgd.GradientNoise(10, jnp.zeros(2), jnp.ones(2))
+
+
+def subspace():
+    return swagjax.subspace.Subspace(jnp.ones(2), jnp.array([[2.0, 0.0]]), jnp.array([4.0]))
+
+
+def evaluate(fn=linear, path=None, at=(0.0, 1.0)):
+    path = functools.partial(swagjax.surface.chain, list(CORNERS)) if path is None else path
+    return swagjax.surface.evaluate(fn, path, jnp.asarray(at), None)
+
+
+def connect(loss=linear, points=CORNERS, batches=RANK * (0.0,), tx=TX, **options):
+    batches = jnp.asarray(batches)
+    return swagjax.surface.connect(KEY, loss, list(points), batches, tx, **options)
+
+
+def gradient_noise(batches, loss=lambda params, x: (params * x).sum()):
+    return swagjax.constant_sgd.gradient_noise(loss, jnp.zeros(2), batches)
+
+
+NO_PLANE = r"plane is a {}: give what surface\.plane or surface\.pca_plane made"
+NO_SPACE = r"space is a {}: give what subspace\.pca or subspace\.random made"
+NO_NOISE = r"noise is a {}: give what constant_sgd\.gradient_noise returned"
+ONE_NUMBER = r"t has shape \(3,\): give one number; many go to evaluate, or through jax\.vmap"
+
+EXPLORING = {
+    "a plane through integers, to which its points would be rounded": (
+        lambda: swagjax.surface.plane(*jnp.eye(3, dtype=int)),
+        r"first holds numbers of int32: give weights, arrays of floats, such as swagjax\.mean",
+    ),
+    "a plane through one point": (
+        lambda: swagjax.surface.plane(PARAMS, PARAMS, PARAMS),
+        r"first, second and third lie on one line.*such as initialisation, SGD and SWA",
+    ),
+    "a plane of the optimizer's state": (
+        lambda: swagjax.surface.pca_plane(opt_state()),
+        r"trajectory holds numbers of int32: give weights.*such as swagjax\.mean\(state\)",
+    ),
+    "a point of weights": (
+        lambda: swagjax.surface.point(PARAMS, (0.0, 1.0)),
+        NO_PLANE.format("dict"),
+    ),
+    "a grid around weights": (
+        lambda: swagjax.surface.grid(PARAMS),
+        NO_PLANE.format("dict"),
+    ),
+    "state and plane swapped": (
+        lambda: swagjax.surface.project(state(), swagjax.surface.plane(*CORNERS)),
+        NO_PLANE.format("SWAGState"),
+    ),
+    "many points of a plane at once": (
+        lambda: swagjax.surface.point(swagjax.surface.plane(*CORNERS), jnp.ones((2, 3))),
+        r"coordinates are 2 numbers of shapes \[\(3,\)\]: the plane has 2 axes, give a number",
+    ),
+    "a margin that is negative": (
+        lambda: swagjax.surface.grid(swagjax.surface.plane(*CORNERS), margin=-0.6),
+        r"margin=-0\.6: give a share of at least 0",
+    ),
+    "many distances along a ray": (
+        lambda: swagjax.surface.ray(CORNERS[0], CORNERS[1], jnp.arange(3.0)),
+        ONE_NUMBER,
+    ),
+    "many places on a curve": (
+        lambda: swagjax.surface.bezier(list(CORNERS), jnp.arange(3.0)),
+        ONE_NUMBER,
+    ),
+    "points stacked in one array": (
+        lambda: swagjax.surface.chain(CORNERS, 0.5),
+        r"points is a ArrayImpl of 1 arrays: give a list or tuple of at least 2 trees",
+    ),
+    "a plane in place of a path": (
+        lambda: evaluate(path=swagjax.surface.plane(*CORNERS)),
+        r"path is a Plane: give a function",
+    ),
+    "a loss that forgets to return": (
+        lambda: evaluate(lambda params, _: None),
+        r"fn returned None: return an array, or a tree of arrays",
+    ),
+    "a learning rate in place of an optimizer": (
+        lambda: connect(tx=0.1),
+        r"tx=0\.1: give an optax transformation, such as optax\.sgd",
+    ),
+    "a loss of each example along a curve": (
+        lambda: connect(lambda params, _: params),
+        r"loss_fn returned an array of shape \(3,\): return one number, the mean over the batch",
+    ),
+    "a number of steps in place of batches": (
+        lambda: connect(batches=500),
+        r"batches have first axes \[\(\)\]: .*jnp\.arange\(steps\)",
+    ),
+    "a state in place of a subspace": (
+        lambda: swagjax.subspace.point(state(), jnp.ones(2)),
+        NO_SPACE.format("SWAGState"),
+    ),
+    "a likelihood in place of its function": (
+        lambda: swagjax.subspace.log_prob(subspace(), jnp.ones(1), function=-3.0),
+        r"function is a float: give one from weights to the log-likelihood",
+    ),
+    "a likelihood that forgets to return": (
+        lambda: swagjax.subspace.log_prob(subspace(), jnp.ones(1), function=lambda params: None),
+        r"function returned None: return one number, the sum of the log-likelihood",
+    ),
+    "a subspace around integers": (
+        lambda: swagjax.subspace.random(KEY, {"w": jnp.arange(3)}, 2),
+        r"origin holds numbers of \['int32'\]: give parameters, floats, such as swagjax\.mean",
+    ),
+    "a matrix in place of the gradients' noise": (
+        lambda: swagjax.constant_sgd.optimal_step_size(jnp.eye(2), 100, 5),
+        NO_NOISE.format("ArrayImpl"),
+    ),
+    "a matrix in place of variances": (
+        lambda: swagjax.constant_sgd.scale_by_variance(jnp.eye(2), 100, 5),
+        NO_NOISE.format("ArrayImpl"),
+    ),
+    "a damping that is negative": (
+        lambda: swagjax.constant_sgd.scale_by_variance(noise(), 100, 5, damping=-0.5),
+        r"damping=-0\.5: give a finite number of at least 0",
+    ),
+    "one batch in place of batches": (
+        lambda: gradient_noise(jnp.ones((5, 2))),
+        r"batches is a ArrayImpl: give a list of them, \[batch\] for a single one",
+    ),
+    "one batch by name in place of batches": (
+        lambda: gradient_noise({"x": jnp.ones((5, 2))}),
+        r"batches is a dict: give a list of them, \[batch\] for a single one",
+    ),
+    "a loss with a number for each parameter": (
+        lambda: gradient_noise([jnp.ones((5, 2))], lambda params, x: params * x),
+        r"loss returned an array of shape \(2,\): return one number, of one example",
+    ),
+    "a covariance of another size than the Hessian": (
+        lambda: swagjax.constant_sgd.kl_to_posterior(np.eye(3), np.eye(2), 10),
+        r"covariance \(3, 3\), hessian \(2, 2\): give two square matrices of one size",
+    ),
+    "the two learning rates of a cycle swapped": (
+        lambda: swagjax.schedules.cyclical_schedule(0.01, 0.1, 4),
+        r"min_value is 0\.1 and max_value 0\.01: the first is the lower one, give cyclical_sche",
+    ),
+    "a triangle without a middle": (
+        lambda: swagjax.schedules.at_minimum(5),
+        r"cycle is 5, but the triangular one .*give an even number, such as 6",
+    ),
+    "points in a list": (
+        lambda: predict(swagjax.ensemble.Points([PARAMS, PARAMS])),
+        r"points have leaves of shape .*give a tree like the parameters, with one axis of points",
+    ),
+    "a draw from one state": (
+        lambda: swagjax.ensemble.draw(KEY, state(), 0),
+        r"mixture is a SWAGState: give what swagjax\.ensemble\.mix\(states\) made",
+    ),
+    "iterates of the optimizer's state": (
+        lambda: swagjax.iterates(opt_state()),
+        GET_STATE.format("state", "tuple"),
+    ),
+}
+
 CATALOGUE = {
     f"{chapter}: {name}": entry
     for chapter, entries in {
@@ -671,6 +838,7 @@ CATALOGUE = {
         "predicting": PREDICTING,
         "scoring": SCORING,
         "numbers, several runs": NUMBERS,
+        "exploring": EXPLORING,
     }.items()
     for name, entry in entries.items()
 }

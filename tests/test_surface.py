@@ -165,6 +165,18 @@ class TestPrincipalDirections:
         plane = plane._replace(points=plane.points[:3])
         check_principal(plane, iterates.mean(0), iterates - iterates.mean(0), 2)
 
+    @pytest.mark.slow
+    def test_are_those_of_leaves_of_two_precisions(self):
+        """Without silent promotion, of a trajectory and of a ring."""
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+            path = tree(0, lead=(4,)) | {"b": jnp.asarray(np.random.default_rng(1).normal(size=4))}
+            assert path["b"].dtype == jnp.float64
+            exact = rows(path)
+            plane = surface.pca_plane(path)
+            check_principal(plane, exact.mean(0), exact - exact.mean(0), 2)
+            dtypes = [x.dtype for x in jax.tree.leaves(plane.directions)]
+            assert dtypes == [x.dtype for x in jax.tree.leaves(path)]
+
     @pytest.mark.parametrize("speed", [0.0, 1.0])
     def test_iterates_that_stand_still_or_on_a_line_span_no_plane(self, speed):
         along = speed * np.arange(6.0)[:, None] * np.random.default_rng(0).normal(size=11)
@@ -186,9 +198,9 @@ class TestProject:
         ("kind", "n", "options"),
         [
             ("swag", 7, {"scale": 3.0}),
-            ("swag", 7, {"centering": "final"}),
-            ("swag", 3, {}),
-            ("swag_diag", 7, {"scale": 0.5}),
+            pytest.param("swag", 7, {"centering": "final"}, marks=pytest.mark.slow),
+            pytest.param("swag", 3, {}, marks=pytest.mark.slow),
+            pytest.param("swag_diag", 7, {"scale": 0.5}, marks=pytest.mark.slow),
             ("swa", 7, {}),
         ],
     )
@@ -239,6 +251,7 @@ class TestRays:
         half = jnp.ones(3, jnp.bfloat16)
         assert surface.ray(half, jnp.ones(3), 1.0).dtype == jnp.bfloat16
 
+    @pytest.mark.slow
     def test_are_uniform_on_the_sphere(self):
         """Moments of 4000 directions in 11 dimensions, to six standard errors."""
         draw = jax.vmap(surface.random_direction, (0, None))
@@ -326,6 +339,11 @@ class TestEvaluate:
         message = "runs BatchNorm on stored statistics"
         with jax.numpy_dtype_promotion("standard"), pytest.raises(ValueError, match=message):
             surface.evaluate(stale, way, at, x)
+        jitted = jax.jit(stale)
+        with jax.numpy_dtype_promotion("standard"):
+            jitted({"w": jnp.ones((1, 1))}, x)  # its trace is in the cache
+        with jax.numpy_dtype_promotion("standard"), pytest.raises(ValueError, match=message):
+            surface.evaluate(jitted, way, at, x)
 
     def test_wrong_uses(self):
         way = Partial(surface.chain, (jnp.zeros(1), jnp.ones(1)))
@@ -340,7 +358,7 @@ class TestEvaluate:
             surface.evaluate(lambda w, _: w, (1, 2), jnp.zeros(1), None)
         with pytest.raises(ValueError, match="refresh is a dict: give a function"):
             run(jnp.zeros(1), None, refresh={})
-        with pytest.raises(ValueError, match="coordinates are 3 numbers: the plane has 2"):
+        with pytest.raises(ValueError, match=r"coordinates are 3 numbers .* the plane has 2"):
             surface.point(surface.plane(*jnp.eye(3)), (1.0, 2.0, 3.0))
 
 
@@ -363,7 +381,9 @@ class TestCurves:
             wanted = [np.interp(t, knots, column) for column in matrix.T]
             np.testing.assert_allclose(straight, wanted, atol=2e-6)
 
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    @pytest.mark.parametrize(
+        "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16]
+    )
     def test_end_exactly_where_they_should(self, dtype):
         points = [jax.tree.map(lambda x: x.astype(dtype), tree(i)) for i in range(4)]
         for curve in CURVES:
@@ -407,7 +427,9 @@ def to_target(data, params, index):
 
 
 class TestConnect:
-    @pytest.mark.parametrize("curve", CURVES)
+    @pytest.mark.parametrize(
+        "curve", [surface.bezier, pytest.param(surface.chain, marks=pytest.mark.slow)]
+    )
     def test_goes_round_a_ridge_with_its_ends_fixed(self, curve):
         start, end = ({"w": jnp.array([sign * 1.0, 0.0])} for sign in (-1, 1))
         straight = surface.line(start, end, 4)
@@ -430,6 +452,7 @@ class TestConnect:
         assert after.mean() < before.mean() / 5
         np.testing.assert_array_equal(after[jnp.array([0, -1])], 0.0)
 
+    @pytest.mark.slow
     def test_finds_the_curve_that_is_known(self):
         """Of a quadratic loss around c: the control point is 5/2 c - 3/4 (start + end).
 
