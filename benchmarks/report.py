@@ -188,11 +188,11 @@ def publish(results: Path, name: str, published: Path = PUBLISHED) -> list[Path]
     """Copy the JSON and PNG files of ``results/name`` to where they are kept under git.
 
     Raises:
-      UsageError: where there are none, or where one is larger than a megabyte.
+      UsageError: where there is no results.json, or where one is larger than a megabyte.
     """
     files = sorted(p for p in (results / name).glob("*.*") if p.suffix in {".json", ".png"})
-    if not files:
-        raise UsageError(f"{name}: no JSON or PNG files in {results / name}")
+    if results / name / "results.json" not in files:
+        raise UsageError(f"{name}: no results.json in {results / name}; run the experiment first")
     for file in files:
         if file.stat().st_size > MAX_BYTES:
             raise UsageError(f"{file}: larger than a megabyte, too much to be kept under git")

@@ -1,4 +1,7 @@
-"""The networks of the experiments on text, in flax linen: numbers of words or bytes in."""
+"""The networks of the experiments on text, in flax linen: numbers of words or bytes in.
+
+``dtype`` is what they compute in; parameters and the logits of classifiers are float32.
+"""
 
 import functools
 from collections.abc import Callable
@@ -34,7 +37,7 @@ class TransformerClassifier(nn.Module):
         for _ in range(self.blocks):
             h = Block(self.heads, self.dropout, self.dtype)(h, nn.make_attention_mask(seen, seen))
         h = nn.LayerNorm(dtype=self.dtype)(h)
-        return nn.Dense(self.classes, dtype=self.dtype)(_dropout(self, _mean(h, seen)))
+        return nn.Dense(self.classes, dtype=jnp.float32)(_dropout(self, _mean(h, seen)))
 
 
 class LSTMClassifier(nn.Module):
@@ -53,7 +56,7 @@ class LSTMClassifier(nn.Module):
         h = _dropout(self, nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(x))
         forth, back = (nn.RNN(nn.OptimizedLSTMCell(self.width, dtype=self.dtype)) for _ in "01")
         h = nn.Bidirectional(forth, back)(h, seq_lengths=seen.sum(1))
-        return nn.Dense(self.classes, dtype=self.dtype)(_dropout(self, _mean(h, seen)))
+        return nn.Dense(self.classes, dtype=jnp.float32)(_dropout(self, _mean(h, seen)))
 
 
 class LanguageModel(nn.Module):

@@ -129,10 +129,8 @@ def mesh(options: Training) -> Mesh:
 
 def check(options: Training, rows: int) -> None:
     """Refuse values that no training can be made of, in one line."""
-    least = dict.fromkeys(
-        ("epochs", "start", "batch_size", "collections", "seeds", "checkpoint_every"), 1
-    )
-    least |= dict.fromkeys(("rank", "snapshots", "cycles"), 2)
+    least = dict.fromkeys(("start", "batch_size", "collections", "seeds", "checkpoint_every"), 1)
+    least |= dict.fromkeys(("epochs", "rank", "snapshots", "cycles"), 2)
     least |= dict.fromkeys(("learning_rate", "swa_learning_rate", "weight_decay"), 0)
     for name, lowest in (least | {"temperature": 0, "dropout": 0}).items():
         if not lowest <= getattr(options, name) < float("inf"):
@@ -166,10 +164,15 @@ def open_checkpoints(folder: Path, options: Training) -> None:
     record, wanted = folder / "options.json", json.dumps(identity(options), indent=1)
     if options.resume and record.exists():
         _check_same(record, json.loads(wanted))
-    else:
+        return
+    try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         _write_at_once(record, wanted)
+    except OSError as error:
+        raise UsageError(
+            f"--results: cannot write to {folder}: {error.strerror}; give another folder"
+        ) from error
 
 
 def identity(options: Training) -> dict[str, Any]:
@@ -296,12 +299,12 @@ def _check_same(record: Path, wanted: dict[str, Any]) -> None:
     try:
         found = json.loads(record.read_text())
     except ValueError:
-        raise UsageError(f"--resume: {record} is damaged; start anew without --resume") from None
+        raise UsageError(f"--resume: {record} is damaged; start anew with --no-resume") from None
     for name in wanted:
         if found.get(name) != wanted[name]:
             raise UsageError(
                 f"--resume: the checkpoint was made with {name} = {found.get(name)}, not "
-                f"{wanted[name]}; give the same options, or start anew without --resume"
+                f"{wanted[name]}; give the same options, or start anew with --no-resume"
             )
 
 
@@ -310,7 +313,7 @@ def _restore(folder: Path, networks: list[Network]) -> tuple[int, list[Network]]
     try:
         return checkpoint.restore_latest(folder, networks) or (0, networks)
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"--resume: {error}; or start anew without --resume") from error
+        raise UsageError(f"--resume: {error}; or start anew with --no-resume") from error
 
 
 def _rates(algorithm: Algorithm, options: Training, rows: int) -> list[float]:

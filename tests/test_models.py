@@ -84,7 +84,10 @@ def residual(blocks, widths, classes, bottleneck=False):
             *("preresnet110", CIFAR, 10, 1_730_522, residual(18, (16, 32, 64), 10)),
             marks=pytest.mark.slow,
         ),
-        ("preresnet164", CIFAR, 10, 1_703_258, residual(18, (16, 32, 64), 10, bottleneck=True)),
+        pytest.param(
+            *("preresnet164", CIFAR, 10, 1_703_258, residual(18, (16, 32, 64), 10, True)),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("preresnet164", CIFAR, 100, 1_726_388, residual(18, (16, 32, 64), 100, True)),
             marks=pytest.mark.slow,
@@ -140,7 +143,8 @@ def test_convolutions_begin_with_two_over_fan_out_as_variance(name):
         assert abs(variance * height * width * out / 2 - 1) < 6 * np.sqrt(2 / kernel.size)
 
 
-@pytest.mark.parametrize("bottleneck", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("bottleneck", [False, True])
 def test_a_residual_block_with_a_silent_last_layer_passes_its_input_on(bottleneck):
     width, last = (4, "Conv_2") if bottleneck else (16, "Conv_1")
     block, x = models.Residual(width, 1, bottleneck, jnp.float32), images((4, 4, 16))
@@ -184,6 +188,7 @@ def _convolved(x, kernel, stride):
     return y
 
 
+@pytest.mark.slow
 def test_the_transformer_knows_where_patches_are_by_their_positions_alone():
     model, shape = SMALL["vit"]
     variables, x = initialised(model, shape), images(shape)
@@ -248,10 +253,7 @@ def test_dropout_leaves_the_mean_of_what_it_acts_on():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("convnet", "bottleneck") else [])
-        for name in SMALL
-    ],
+    [pytest.param(name, marks=[] if name == "lenet5" else [pytest.mark.slow]) for name in SMALL],
 )
 def test_logits_are_finite_and_bfloat16_ones_near_float32_in_value_and_in_type(name):
     model, shape = SMALL[name]

@@ -86,6 +86,8 @@ def test_shift_scores_every_method_under_every_corruption(tmp_path, no_networks,
                 value = of[f"{condition} NLL"]["values"][seed]
                 assert value == pytest.approx(nll, rel=1e-3)
                 assert of[f"{condition} accuracy"]["values"][seed] == pytest.approx(accuracy)
+    assert record["options"]["num_samples"] == 30
+    assert record["options"]["members"] == 3
     shown = record["results"]["SWAG"]
     single = record["corruptions"]["SWAG"]
     pair = [np.array(single[f"{kind} 4 ECE"]["values"]) for kind in kinds]
@@ -96,6 +98,13 @@ def test_shift_scores_every_method_under_every_corruption(tmp_path, no_networks,
     assert record["strengths"] == {kind: list(corruptions.STRENGTHS[kind]) for kind in kinds}
 
 
+def test_conditions_go_in_groups_of_as_many_as_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(shift, "ROWS", 130)
+    assert shift._groups(list("abcd"), 40) == [["a", "b", "c"], ["d"]]
+    assert shift._groups(list("ab"), 1000) == [["a"], ["b"]]
+
+
+@pytest.mark.slow
 def test_conditions_are_predicted_as_many_at_a_time_as_there_is_room_for(
     no_networks, digits, monkeypatch
 ):

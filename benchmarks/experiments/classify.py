@@ -146,9 +146,15 @@ def prepare(chosen: Classify) -> Run:
     chosen = _complete(chosen, task)
     training.check(chosen, len(task.train.labels))
     model = _model(chosen, task)
+    members = _members(chosen)
+    for recipe in members:  # whose errors come before anything is deleted or trained
+        recipe(chosen, len(task.train.labels))
     folder = _folder(chosen)
     training.open_checkpoints(folder / "checkpoints", chosen)
-    networks = _train(model, task, chosen, folder)
+    networks = {
+        recipe: training.train(model, task.train, recipe, chosen, folder, number)
+        for recipe, number in members.items()
+    }
     run = Run(chosen, task, model, folder, networks, _predictor(model, task, chosen), {})
     return run._replace(fitted={name: _fit(run, name) for name in _fitting(run)})
 
@@ -168,6 +174,14 @@ def predict(run: Run, name: str, inputs: np.ndarray) -> list[np.ndarray]:
     """
     numbers = run.fitted.get(name, [1.0] * run.chosen.seeds)
     return [_of_seed(run, name, seed, inputs, number) for seed, number in enumerate(numbers)]
+
+
+def recorded(chosen: Classify) -> dict[str, Any]:
+    """The options that determine the numbers, of training and of prediction."""
+    from benchmarks import training
+
+    names = ("methods", "members", "num_samples", "bn_inputs")
+    return training.identity(chosen) | {name: getattr(chosen, name) for name in names}
 
 
 def batches(chosen: Classify, inputs: np.ndarray) -> list[Any]:
@@ -190,9 +204,8 @@ def _check(chosen: Classify) -> None:
     from benchmarks import methods
 
     for name in chosen.methods:
-        if name not in methods.METHODS and chosen.methods != ALL:
-            known = ", ".join((*methods.METHODS, *ALL))
-            raise options.UsageError(f"--methods {name!r}: there are {known}")
+        if name not in (known := (*methods.METHODS, *ALL)):
+            raise options.UsageError(f"--methods {name!r}: there are {', '.join(known)}")
     least = {"num_samples": 1, "members": 1, "bn_inputs": 1}
     for name, lowest in least.items():
         value = getattr(chosen, name)
@@ -210,6 +223,8 @@ def _complete(chosen: Classify, task: Any) -> Classify:
     of_data = (
         DIGITS if chosen.dataset == "digits" else text.TREC if is_text else {"model": "lenet5"}
     )
+    if is_text and chosen.augment:
+        raise options.UsageError(f"--augment {' '.join(chosen.augment)}: of images, not of texts")
     augment = () if is_text else augmentation.usual_augmentation(task.train.inputs)
     chosen = options.complete(chosen, {"model": of_data["model"], "augment": augment})
     if chosen.model == of_data["model"]:
@@ -222,13 +237,14 @@ def _complete(chosen: Classify, task: Any) -> Classify:
     chosen = options.complete(chosen, defaults)
     start = min(max(1, round(START * chosen.epochs)), chosen.epochs - 1)
     chosen = options.complete(chosen, {"start": max(1, start)})
-    usual = QUICK if chosen.dataset == "digits" else ALL
-    names = tuple(methods.METHODS) if (chosen.methods or usual) == ALL else chosen.methods or usual
+    chosen_methods = chosen.methods or (QUICK if chosen.dataset == "digits" else ALL)
+    names = tuple(methods.METHODS) if "all" in chosen_methods else chosen_methods
     return dataclasses.replace(chosen, in_classes=task.classes, methods=names)
 
 
 def _model(chosen: Classify, task: Any) -> Any:
     """The network, its dropout at the rate of SWA-Dropout (and on for it alone)."""
+    import jax
     import jax.numpy as jnp
 
     from benchmarks import models, text_models
@@ -238,32 +254,39 @@ def _model(chosen: Classify, task: Any) -> Any:
         raise options.UsageError(f"--model {chosen.model}: of {chosen.dataset} {', '.join(known)}")
     sizes = {} if task.vocabulary is None else {"vocabulary": task.vocabulary}
     dtype = jnp.dtype(chosen.dtype)
-    return known[chosen.model](len(task.classes), dropout=chosen.dropout, dtype=dtype, **sizes)
+    model = known[chosen.model](len(task.classes), dropout=chosen.dropout, dtype=dtype, **sizes)
+    one = task.train.inputs[:1]
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), one)
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # no pixel is left for some layer
+        size = " x ".join(map(str, one.shape[1:]))
+        raise options.UsageError(
+            f"--model {chosen.model}: inputs of {size} are too small for it; take another of "
+            f"{', '.join(known)}"
+        ) from error
+    return model
 
 
 def _folder(chosen: Classify) -> Path:
     """Where results go; those on validation data never overwrite those on test data."""
     usual = {"digits": "convnet", "trec": "transformer"}.get(chosen.dataset, "lenet5")
-    name = re.sub(r"[^\w.-]+", "-", chosen.dataset)
+    name = chosen.dataset
     name += "" if chosen.model == usual else f"-{chosen.model}"
     name += "" if chosen.ood_dataset is None else f"-against-{chosen.ood_dataset}"
     name += "" if chosen.evaluate == "test" else f"-{chosen.evaluate}"
-    return chosen.results / "classify" / name
+    return chosen.results / "classify" / re.sub(r"[^\w.-]+", "-", name)
 
 
-def _train(model: Any, task: Any, chosen: Classify, folder: Path) -> dict[Any, list[list[Any]]]:
-    """The networks of every recipe that a method needs, of as many members as one needs."""
-    from benchmarks import methods, training
+def _members(chosen: Classify) -> dict[Any, int]:
+    """Of every recipe that a method needs, as many members as one needs."""
+    from benchmarks import methods
 
     members: dict[Any, int] = {}
     for name in chosen.methods:
         method = methods.METHODS[name]
         number = chosen.members if method.ensemble else 1
         members[method.recipe] = max(number, members.get(method.recipe, 1))
-    return {
-        recipe: training.train(model, task.train, recipe, chosen, folder, number)
-        for recipe, number in members.items()
-    }
+    return members
 
 
 def _predictor(model: Any, task: Any, chosen: Classify) -> Any:
@@ -354,22 +377,23 @@ def _scores(predictions: Predictions, labels: np.ndarray) -> dict[str, dict[str,
     """Every metric of every method, one value a seed."""
     from swagjax import metrics
 
-    def entropies(p: Prediction) -> Any:
-        return map(metrics.predictive_entropy, p)
+    def scores(p: Prediction) -> dict[str, Any]:
+        entropies = [metrics.predictive_entropy(probs) for probs in p]
+        return {
+            "accuracy": metrics.accuracy(p.inside, labels),
+            "NLL": metrics.nll(p.inside, labels),
+            "ECE": metrics.ece(p.inside, labels, binning="count"),
+            "Brier": metrics.brier(p.inside, labels),
+            "OOD AUROC": metrics.auroc(*entropies),
+            "FPR95": metrics.fpr95(*entropies),
+            "sym. KL": metrics.symmetrised_kl(*entropies, p.inside.shape[-1], BINS),
+        }
 
-    of = {
-        "accuracy": lambda p: metrics.accuracy(p.inside, labels),
-        "NLL": lambda p: metrics.nll(p.inside, labels),
-        "ECE": lambda p: metrics.ece(p.inside, labels, binning="count"),
-        "Brier": lambda p: metrics.brier(p.inside, labels),
-        "OOD AUROC": lambda p: metrics.auroc(*entropies(p)),
-        "FPR95": lambda p: metrics.fpr95(*entropies(p)),
-        "sym. KL": lambda p: metrics.symmetrised_kl(*entropies(p), p.inside.shape[-1], BINS),
-    }
-    return {
-        name: {metric: [float(score(p)) for p in seeds] for metric, score in of.items()}
-        for name, seeds in predictions.items()
-    }
+    def of_seeds(seeds: list[Prediction]) -> dict[str, list[float]]:
+        found = [scores(p) for p in seeds]
+        return {metric: [float(of[metric]) for of in found] for metric in found[0]}
+
+    return {name: of_seeds(seeds) for name, seeds in predictions.items()}
 
 
 def _title(run: Run) -> str:
@@ -382,16 +406,14 @@ def _title(run: Run) -> str:
 
 
 def _record(run: Run, results: Any) -> dict[str, Any]:
-    from benchmarks import report, training
+    from benchmarks import report
 
-    names = ("methods", "members", "num_samples", "bn_inputs")
-    of_prediction = {name: getattr(run.chosen, name) for name in names}
     parts = ("train", "held_out", "evaluation", "ood")
     return report.record(
         results,
         experiment="classify",
         evaluated_on=run.chosen.evaluate,
-        options=training.identity(run.chosen) | of_prediction,
+        options=recorded(run.chosen),
         inputs={part: len(getattr(run.task, part).labels) for part in parts},
         fitted=run.fitted,
     )

@@ -44,7 +44,7 @@ class Curves(Classify):
 
 def curves(chosen: Curves) -> None:
     """Predict with every number of samples and every rank; write the JSON and the picture."""
-    from benchmarks import report, training
+    from benchmarks import report
     from benchmarks.experiments import classify
 
     _check(chosen)
@@ -56,7 +56,7 @@ def curves(chosen: Curves) -> None:
         {},
         experiment="curves",
         evaluated_on=run.chosen.evaluate,
-        options=training.identity(run.chosen) | {"num_samples": run.chosen.num_samples},
+        options=classify.recorded(run.chosen),
         samples={name: _summaries(of) for name, of in by_samples.items()},
         ranks=_summaries(by_rank),
     )
@@ -77,9 +77,9 @@ def narrowed(state: Any, rank: int) -> Any:
 
 
 def _check(chosen: Curves) -> None:
-    if strange := set(chosen.methods) - set(LOOKS):
-        known = ", ".join(LOOKS)
-        raise options.UsageError(f"--methods {strange.pop()!r}: of the curves there are {known}")
+    if not chosen.methods or not set(chosen.methods) <= set(LOOKS):
+        given, known = " ".join(chosen.methods), ", ".join(LOOKS)
+        raise options.UsageError(f"--methods {given}: of the curves there are {known}")
     for name, least in (("samples", 1), ("ranks", 2)):
         values = getattr(chosen, name)
         if not values or min(values) < least:

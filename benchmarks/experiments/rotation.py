@@ -152,7 +152,8 @@ def _title(run: Any, images: int) -> str:
 
 def _record(run: Any, results: Any, curves: Any, label: int, labels: np.ndarray) -> dict[str, Any]:
     """The results, and both curves of every method as lists over the angles, one a seed."""
-    from benchmarks import report, training
+    from benchmarks import report
+    from benchmarks.experiments import classify
 
     drawn = {
         name: {
@@ -166,7 +167,7 @@ def _record(run: Any, results: Any, curves: Any, label: int, labels: np.ndarray)
     return report.record(
         results,
         experiment="rotation",
-        options=training.identity(run.chosen),
+        options=classify.recorded(run.chosen),
         digit=run.chosen.digit,
         image=run.chosen.image,
         images=len(labels),

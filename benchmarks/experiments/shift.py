@@ -199,7 +199,8 @@ def _title(run: Any, images: int) -> str:
 
 def _record(run: Any, scores: Scores, means: Scores, conditions: Any, images: int) -> Any:
     """The means as results, and the corruptions one by one, by method, corruption and severity."""
-    from benchmarks import corruptions, report, training
+    from benchmarks import corruptions, report
+    from benchmarks.experiments import classify
 
     results = {
         name: {f"{metric} {s}": of[metric][:, s].tolist() for metric in METRICS for s in range(6)}
@@ -216,7 +217,7 @@ def _record(run: Any, scores: Scores, means: Scores, conditions: Any, images: in
     return report.record(
         results,
         experiment="shift",
-        options=training.identity(run.chosen),
+        options=classify.recorded(run.chosen),
         images=images,
         strengths={kind: corruptions.STRENGTHS[kind] for kind in run.chosen.corruptions},
         corruptions=single,
