@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from swagjax import pooling
-from swagjax.gaussian import collected, combine, contract, noise_dtype, recentring
+from swagjax.gaussian import collected, contract, noise_dtype, recentring, row_products
 from swagjax.pairing import restrict
 from swagjax.transform import SWAGState, check_single, get_state, widen
 
@@ -353,7 +353,7 @@ def _drift(state: SWAGState) -> Drift:
     trend = contract(c, contract(excess, c))
     variance = _sum(jax.tree.leaves(state.variance), h.dtype)
     norm = _sum([widen(m) ** 2 for m in jax.tree.leaves(state.mean)], h.dtype)
-    apart = _products(state, _held_mean(state)[None])[0, 0]
+    apart = row_products(_rings(state), _held_mean(state)[None])[0, 0]
     shift = apart / variance * h * (n - 1) / (n - h)
     movement = jnp.sqrt(variance / norm)
     return Drift(
@@ -433,28 +433,7 @@ def _gram(state: SWAGState) -> tuple[jax.Array, jax.Array]:
     order = jnp.argsort(jnp.where(number > 0, number, jnp.iinfo(number.dtype).max))
     held = jnp.minimum(state.count, rank)
     h = jnp.where(held >= _LEAST, held.astype(dtype), jnp.nan)
-    return jnp.where(jnp.isnan(h), jnp.nan, _products(state, centred[order])), h
-
-
-def _products(state: SWAGState, weights: jax.Array) -> jax.Array:
-    """Inner products of sums of deviations: (W D) (W D)^T for ``weights`` W of shape (R, K).
-
-    As W (D (W D)^T): where W takes off what the deviations have in common, the products of that
-    part would have to cancel in W (D D^T) W^T, and float32 keeps seven digits of them.
-    """
-
-    def products(ring: jax.Array) -> jax.Array:
-        # A sum at a time: all at once would copy the ring.
-        def one(row: jax.Array) -> jax.Array:
-            x = combine(row, [ring])[0]
-            terms = ring.astype(x.dtype) * x[None]
-            return terms.sum(tuple(range(1, ring.ndim))).astype(weights.dtype)
-
-        inner: jax.Array = jax.lax.map(one, weights)
-        return inner
-
-    inner = contract(functools.reduce(jnp.add, map(products, _rings(state))), weights.T)
-    return (inner + inner.T) / 2
+    return jnp.where(jnp.isnan(h), jnp.nan, row_products(_rings(state), centred[order])), h
 
 
 def _held_mean(state: SWAGState) -> jax.Array:

@@ -185,6 +185,33 @@ def capacitance(posterior: Gaussian) -> jax.Array:
     return factor
 
 
+def row_products(rings: list[jax.Array], weights: jax.Array) -> jax.Array:
+    """Inner products of sums of the rows of a ring: (W D) (W D)^T, for W of shape (R, K).
+
+    As W (D (W D)^T): where W takes off what the rows have in common, the products of that part
+    would have to cancel in W (D D^T) W^T, and float32 keeps seven digits of them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax.gaussian import row_products
+      >>> print(row_products([jnp.array([[5.0, 1.0], [5.0, 3.0]])], jnp.array([[1.0, -1.0]])))
+      [[4.]]
+    """
+
+    def products(ring: jax.Array) -> jax.Array:
+        # A sum at a time: all at once would copy the ring.
+        def one(row: jax.Array) -> jax.Array:
+            x = combine(row, [ring])[0]
+            terms = ring.astype(x.dtype) * x[None]
+            return terms.sum(tuple(range(1, ring.ndim))).astype(weights.dtype)
+
+        inner: jax.Array = jax.lax.map(one, weights)
+        return inner
+
+    inner = contract(functools.reduce(jnp.add, map(products, rings)), weights.T)
+    return (inner + inner.T) / 2
+
+
 def gram(posterior: Gaussian) -> jax.Array:
     """W^T V^-1 W, (K, K).
 

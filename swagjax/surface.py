@@ -42,6 +42,7 @@ from swagjax.gaussian import (
     known,
     noise_dtype,
     recentring,
+    row_products,
 )
 from swagjax.pairing import restrict
 from swagjax.posterior import check_collected, variance
@@ -733,7 +734,7 @@ def _plane(first: Any, second: Any, third: Any) -> tuple[Plane, jax.Array]:
 @functools.partial(jax.jit, static_argnums=1)
 def _pca_plane(trajectory: Any, num: int) -> tuple[Plane, jax.Array]:
     origin, rows, mixing, held = _deviations(trajectory)
-    vectors = jnp.linalg.eigh(_gram(rows, mixing))[1][:, ::-1][:, :num]
+    vectors = jnp.linalg.eigh(row_products(rows, mixing))[1][:, ::-1][:, :num]
     extremes = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), 0)[None], 0)
     vectors = vectors * jnp.where(extremes < 0, -1, 1).astype(vectors.dtype)
     mixed = combine(contract(vectors.T, mixing), rows)
@@ -763,23 +764,6 @@ def _deviations(trajectory: Any) -> tuple[Any, list[jax.Array], jax.Array, jax.A
     mixing = jnp.eye(num, dtype=dtype) - jnp.asarray(1 / num, dtype)
     means = jax.tree.unflatten(jax.tree.structure(first), [x.mean(0) for x in rows])
     return jax.tree.map(jnp.add, first, means), rows, mixing, jnp.ones(num, bool)
-
-
-def _gram(rows: list[jax.Array], mixing: jax.Array) -> jax.Array:
-    """Inner products of the deviations W D, as W (D (W D)^T): no large parts have to cancel."""
-
-    def products(ring: jax.Array) -> jax.Array:
-        # A row at a time: one product of all would copy the ring.
-        def one(row: jax.Array) -> jax.Array:
-            x = combine(row, [ring])[0]
-            terms = ring.astype(x.dtype) * x[None]
-            return terms.sum(tuple(range(1, ring.ndim))).astype(mixing.dtype)
-
-        inner: jax.Array = jax.lax.map(one, mixing)
-        return inner
-
-    gram = contract(functools.reduce(jnp.add, map(products, rows)), mixing.T)
-    return (gram + gram.T) / 2
 
 
 @jax.jit
