@@ -204,6 +204,7 @@ class Linear(nn.Module):
         return nn.Dense(self.classes)(x)
 
 
+@pytest.mark.slow
 def test_eight_devices_share_a_batch_and_come_to_what_one_does(digits, tmp_path):
     recipe = algorithms.averaged_dropout
     chosen = tiny_options(seeds=1, epochs=2, augment=("noise",))

@@ -185,6 +185,7 @@ def killed_and_restarted(folder, kills):
     return dict(np.load(folder / "final.npz")), [int(line.split()[-1]) for line in resumed]
 
 
+@pytest.mark.slow
 def test_the_uninterrupted_run_is_worth_comparing_with(uninterrupted):
     """It goes round the ring several times, and its state is the one computed here in one go."""
     state = swagjax.get_state(advanced(init(), STEPS).opt_state)
@@ -195,6 +196,7 @@ def test_the_uninterrupted_run_is_worth_comparing_with(uninterrupted):
     assert len(bytes(uninterrupted[ring])) > 4 * RANK * 8 * 64
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(uninterrupted, tmp_path):
     rng = np.random.default_rng(0)
     anywhere, saving = rng.integers(6, 20), rng.integers(22, 36)

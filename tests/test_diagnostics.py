@@ -826,6 +826,7 @@ TIMES = {
 }  # with 10, 20 and 100 iterates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", TIMES)
 def test_the_time_of_correlated_iterates_is_that_of_the_documentation(x64, rho):
     states = [state_of(correlated(rho, h), h) for h in (10, 20, 100)]

@@ -258,6 +258,7 @@ def test_rings_of_bfloat16(case):
     assert_one_run(merged, np.concatenate(parts), rank, ring_eps=2.0**-8)
 
 
+@pytest.mark.slow
 @SOME
 @given(runs())
 def test_merging_in_float64(case):

@@ -573,6 +573,7 @@ def test_divergence_of_two_runs(case):
     check_divergence(case)
 
 
+@pytest.mark.slow
 @MORE
 @given(pairs(st.just(DOUBLES)))
 def test_divergence_of_two_runs_in_float64(case):

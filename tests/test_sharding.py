@@ -465,7 +465,7 @@ def unsharded_reading(read):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", ["fsdp", "2d"])
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("2d", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("read", [draw, score])
 def test_reading_a_sharded_state_gathers_no_ring(read, layout, kind):
     state = sharded_state(layout, kind)

@@ -334,6 +334,7 @@ def test_every_kind_of_figure_and_workload_can_be_asked_for():
 TINY = ["--rank", "2", "--num-samples", "2", "--repeats", "2", "--images", "4", "--refresh", "250"]
 
 
+@pytest.mark.slow
 def test_the_suite_prints_and_writes_every_figure(tiny, fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.ADAPTERS, "torch_plain", fake[1])
     kinds = ["collect", "sample", "predict"]

@@ -853,6 +853,7 @@ def instructions(leaves):
     return compiled_step(opt, params).as_text().count(" = ")
 
 
+@pytest.mark.slow
 def test_the_program_grows_linearly_with_the_number_of_leaves():
     # A check for finiteness that XLA fuses into every leaf makes it quadratic.
     small, big = instructions(20), instructions(60)

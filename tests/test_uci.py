@@ -246,6 +246,7 @@ def trained(algorithm, parts, candidates, members=1, plan=PLAN):
     return training.train("", algorithm(plan), plan, parts, runs)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_whatever_is_beside_it_and_in_the_padding(parts):
     """Alone, and in a crowd whose padding would spoil all that it touches."""
     x, y = parts.x.copy(), parts.y.copy()
