@@ -1,6 +1,5 @@
 """Training as the experiments do it, beside a bare loop over the same steps."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,9 +7,8 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import data, methods, options
+from benchmarks import algorithms, data, options
 from benchmarks import training as experiments
-from benchmarks.experiments import classify
 from benchmarks.speed import measure
 from benchmarks.speed.figures import stepping
 from benchmarks.speed.figures.setting import Setting
@@ -18,6 +16,7 @@ from benchmarks.speed.results import Figure
 from benchmarks.speed.workloads import IMAGE
 
 _STEPS = 8  # of an epoch
+RATES = (0.05, 0.01, 5e-4)  # learning rate, that while iterates are collected, weight decay
 
 
 def throughput(setting: Setting) -> Iterator[Figure]:
@@ -51,18 +50,25 @@ def throughput(setting: Setting) -> Iterator[Figure]:
 
 def _epoch(setting: Setting, part: data.Part, augment: tuple[str, ...]) -> measure.Action:
     """An epoch of one member, collected from at its end."""
-    chosen = options.complete(classify.Classify(seeds=1), classify.OTHERS)
-    chosen = dataclasses.replace(
-        chosen, batch_size=setting.workload.batch, rank=setting.rank, augment=augment, start=1
+    rates = dict(zip(("learning_rate", "swa_learning_rate", "weight_decay"), RATES, strict=True))
+    chosen = options.Training(
+        seeds=1,
+        epochs=3,
+        start=1,
+        collections=1,
+        batch_size=setting.workload.batch,
+        augment=augment,
+        rank=setting.rank,
+        **rates,
     )
-    tx, model = methods.averaged_sgd(chosen, _STEPS), setting.workload.model
-    run = experiments.runner(model, tx, part, chosen, _STEPS)
-    member = experiments.initialiser(model, tx, part.images[:1])(jax.random.key(0))
-    return measure.carried(lambda members: run(2, members)[0], [member])
+    model, algorithm = setting.workload.model, algorithms.averaged_sgd(chosen, len(part.labels))
+    run = experiments.runner(model, algorithm, part, chosen)
+    network = experiments.initialiser(model, algorithm, part.inputs[:1])(jax.random.key(0))
+    return measure.carried(lambda networks: run(2, networks)[0], [network])
 
 
 def _bare(setting: Setting, part: data.Part) -> measure.Action:
-    tx = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
+    tx = optax.chain(optax.add_decayed_weights(RATES[2]), optax.sgd(RATES[1], momentum=0.9))
     step = stepping.training_step(setting.workload, tx)
     cut = [np.split(array, _STEPS) for array in part]
     batches = jax.device_put(list(zip(*cut, strict=True)))
