@@ -55,6 +55,12 @@ class GradientNoise(NamedTuple):
       count: examples seen, an int32 scalar.
       mean: their mean gradient, a tree like the parameters; zero at the minimum of the loss.
       variance: the diagonal of C, a tree like the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import constant_sgd
+      >>> print(constant_sgd.GradientNoise(100, jnp.zeros(2), jnp.array([1.0, 4.0])).trace)
+      5.0
     """
 
     count: Any  # a jax.Array; annotated so, it would clash with tuple.count

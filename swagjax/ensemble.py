@@ -57,6 +57,15 @@ class Mixture(NamedTuple):
       variance: likewise; ``None`` for members of ``swa``.
       deviations: a tree with leaves of shape ``(M, rank, *leaf.shape)``; ``None`` for members of
         ``swa`` and ``swag_diag``.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> from swagjax import ensemble
+      >>> tx, zero = swagjax.swa(), jnp.zeros(3)
+      >>> _, state = tx.update(zero, tx.init(zero), zero)
+      >>> mixture = ensemble.mix([state, state])
+      >>> print(type(mixture).__name__, mixture.count, mixture.mean.shape)
+      Mixture [1 1] (2, 3)
     """
 
     step: jax.Array

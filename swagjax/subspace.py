@@ -61,6 +61,13 @@ class Subspace(NamedTuple):
       directions: v_j, a tree with leaves of shape ``(dim, *leaf.shape)``.
       variances: the squared length of every direction, shape (dim,), of ``pca`` in falling order:
         of all weights together the variance of the iterates along it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import subspace
+      >>> space = subspace.Subspace(jnp.ones(2), jnp.array([[2.0, 0.0]]), jnp.array([4.0]))
+      >>> print(subspace.point(space, jnp.array([0.5])))
+      [2. 1.]
     """
 
     origin: Any

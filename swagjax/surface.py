@@ -61,6 +61,13 @@ class Plane(NamedTuple):
       directions: a tree with leaves of shape ``(R, *leaf.shape)``: u and v, of norm 1 over the
         whole tree and orthogonal to each other.
       points: shape ``(N, R)``, the coordinates of the weights that the plane was made of.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax import surface
+      >>> plane = surface.Plane(jnp.zeros(3), jnp.eye(3)[:2], jnp.zeros((1, 2)))
+      >>> print(surface.point(plane, (1.0, 2.0)))
+      [1. 2. 0.]
     """
 
     origin: Any
@@ -75,6 +82,16 @@ class Projection(NamedTuple):
       mean: shape ``(R,)``, the coordinates of theta_SWA.
       covariance: shape ``(R, R)``, of the coordinates.
       distance: scalar, how far theta_SWA lies off the plane.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> from swagjax import surface
+      >>> tx, zero = swagjax.swa(), jnp.zeros(3)
+      >>> _, state = tx.update(jnp.array([1.0, 2.0, 4.0]), tx.init(zero), zero)
+      >>> plane = surface.Plane(zero, jnp.eye(3)[:2], jnp.zeros((1, 2)))
+      >>> found = surface.project(plane, state)
+      >>> print(found.mean, found.distance)
+      [1. 2.] 4.0
     """
 
     mean: jax.Array
