@@ -73,7 +73,7 @@ def predict(
         numbers, and no error in what is linear in the weights. For a ``SWAGState``, or a Partial
         of ``sample`` with one, and even S.
       refresh: ``params -> statistics`` for a model with batch statistics, called for each sample:
-        see :mod:`swagjax.batch_stats`.
+        see ``swagjax.batch_stats``.
 
     Returns:
       What ``prob_fn`` returns, averaged, in float32 at the least.

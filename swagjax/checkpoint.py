@@ -27,7 +27,7 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any) -> bool:
     """Save a tree as the checkpoint of a step, then the CRC-32 of each file that was written.
 
     ``manager.save(step, args=ocp.args.StandardSave(tree))``, which it waits for, and the file
-    ``SWAGJAX_CHECKSUMS`` beside what orbax wrote, by which :func:`restore_latest` tells what was
+    ``SWAGJAX_CHECKSUMS`` beside what orbax wrote, by which ``restore_latest`` tells what was
     damaged later. A checkpoint without it, of a process killed in between, counts as damaged.
 
     Args:
@@ -74,7 +74,7 @@ def restore_latest(folder: str | os.PathLike[str], target: Any) -> tuple[int, An
     that step again. Call it before the ``CheckpointManager`` is made, which lists the steps once.
 
     Args:
-      folder: the folder of the ``CheckpointManager`` by which :func:`save` wrote.
+      folder: the folder of the ``CheckpointManager`` by which ``save`` wrote.
       target: a tree like the one saved, of arrays or of ``jax.ShapeDtypeStruct``. NamedTuples are
         restored as such because ``target`` has them: ``jax.eval_shape(tx.init, params)`` is the
         target of an optimizer state. Arrays take the sharding that ``target`` gives, or else the

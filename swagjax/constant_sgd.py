@@ -4,7 +4,7 @@ Notation of the whole module. The loss of one example is minus its log-likelihoo
 the log-prior, in nats, so that the mean loss L over all N examples is -1/N of the log posterior. At
 its minimum theta* the Hessian of L is A, and the posterior is about ``N(theta*, (N A)^-1)``. The
 gradient of one example drawn at random has the covariance C. SGD steps by the mean gradient of a
-minibatch of S examples drawn **with replacement**, whose covariance is C / S::
+minibatch of S examples drawn **with replacement**, whose covariance is C / S:
 
     theta <- theta - eps (A (theta - theta*) + noise),     Cov(noise) = C / S
 
@@ -87,7 +87,7 @@ def gradient_noise(loss: Loss, params: Any, batches: Iterable[Any]) -> GradientN
         one batch are in memory at a time; how the examples are cut changes nothing but rounding.
 
     Returns:
-      A :class:`GradientNoise`, float32 at the least.
+      A ``GradientNoise``, float32 at the least.
 
     Raises:
       ValueError: no batches, an empty or ragged one, a loss that is no scalar.
@@ -134,7 +134,7 @@ def optimal_step_size(
     """The step whose iterates are closest to the posterior in KL: ``2 (1 - m) S D / (N tr C)``.
 
     For small steps Sigma of the iterates solves ``A Sigma + Sigma A = eps/S C``. So it is
-    proportional to eps, ``tr(A Sigma) = eps/(2 S) tr C``, and the KL has its minimum there::
+    proportional to eps, ``tr(A Sigma) = eps/(2 S) tr C``, and the KL has its minimum there:
 
         KL(N(., Sigma) || N(., (N A)^-1)) = 1/2 (N tr(A Sigma) - D - log det(N A Sigma))
                                           = 1/2 (eps N/(2 S) tr C - D log eps) + const
@@ -169,7 +169,15 @@ def optimal_step_size(
 
 
 class PreconditionerState(NamedTuple):
-    """H: its diagonal as a tree like the parameters, or all of it as a ``(D, D)`` matrix."""
+    """H: its diagonal as a tree like the parameters, or all of it as a ``(D, D)`` matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> tx = swagjax.constant_sgd.scale_by_covariance(jnp.eye(2), num_data=200, batch_size=100)
+      >>> print(tx.init(jnp.zeros(2)).preconditioner)
+      [[1. 0.]
+       [0. 1.]]
+    """
 
     preconditioner: Any
 
@@ -332,7 +340,7 @@ def stationary_covariance(
     """Sigma of the iterates of ``theta <- theta - eps H gradient``, exact for a quadratic loss.
 
     Without momentum, of the discrete Lyapunov equation, whose limit of small steps is
-    ``H A Sigma + Sigma A H = eps/S H C H``::
+    ``H A Sigma + Sigma A H = eps/S H C H``:
 
         Sigma = (I - eps H A) Sigma (I - eps A H) + eps^2/S H C H
 
@@ -340,7 +348,7 @@ def stationary_covariance(
     ``x_i(t+1) = k_i x_i(t) - m x_i(t-1) + noise_i`` with ``k_i = 1 + m - eps a_i`` and noise of
     covariance ``q = eps^2/S B^T C B``. Of ``P_ij = E x_i(t) x_j(t)``, ``R_ij = E x_i(t+1) x_j(t)``
     this says ``R_ij + m R_ji = k_i P_ij`` and ``P_ij = (k_i k_j + m^2) P_ij - m (k_i R_ij +
-    k_j R_ji) + q_ij``, and so::
+    k_j R_ji) + q_ij``, and so:
 
         P_ij = (1 - m^2) q_ij / (m eps^2 (a_i - a_j)^2
                                  + eps (1 - m)^2 ((1 + m)(a_i + a_j) - eps a_i a_j))
@@ -389,7 +397,7 @@ def averaged_covariance(
     """Covariance of averages over a window of T iterates of stationary SGD, without momentum.
 
     In the basis of ``stationary_covariance`` iterates k steps apart have the covariance
-    ``rho_i^k P_ij``, with ``rho_i = 1 - eps a_i``. Over all pairs of a window that makes::
+    ``rho_i^k P_ij``, with ``rho_i = 1 - eps a_i``. Over all pairs of a window that makes:
 
         P_ij / T^2 (T + f_i + f_j),     f_i = sum_{k=1}^{T-1} (T - k) rho_i^k
 

@@ -1,7 +1,7 @@
 """Is a posterior to be trusted: checks of what was collected.
 
 ``drift``, ``effective_count`` and ``captured_variance`` read the last K collected iterates, whose
-inner products, less their mean and in the order of collection, are a K x K matrix::
+inner products, less their mean and in the order of collection, are a K x K matrix:
 
     G_ij = (theta_i - mean) . (theta_j - mean),    mean = 1/h sum_i theta_i,  h = min(n, K)
 
@@ -27,7 +27,7 @@ _LEAST = 4  # iterates: of three, the permutations have too few moments
 
 
 class Drift(NamedTuple):
-    """Whether the iterates stood around one point, see :func:`drift`.
+    """Whether the iterates stood around one point, see ``drift``.
 
     Attributes:
       trend: R^2, the share of the held iterates' scatter along a straight line in time.
@@ -37,6 +37,16 @@ class Drift(NamedTuple):
         mean over all orders of the n iterates; NaN while n <= K, where there is none.
       spread: variance of the held iterates over that of all, summed over the weights.
       movement: RMS distance of all iterates from theta_SWA, over the norm of theta_SWA.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag(rank=5), jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> for t in range(5):  # a straight path, each step like the last
+      ...     _, state = tx.update(jnp.full(3, float(t)), state, params)
+      >>> drift = swagjax.diagnostics.drift(state)
+      >>> print(drift.trend, drift.expected)
+      1.0 0.25
     """
 
     trend: jax.Array
@@ -48,12 +58,22 @@ class Drift(NamedTuple):
 
 
 class EffectiveCount(NamedTuple):
-    """How many independent iterates the mean is worth, see :func:`effective_count`.
+    """How many independent iterates the mean is worth, see ``effective_count``.
 
     Attributes:
       n_eff: effective number of the n collected iterates, n / time.
       time: integrated autocorrelation time, in collections.
       autocorrelation: shape (K,), at lags 0 to K - 1; NaN from lag h on.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag(rank=40), jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> for t in range(40):  # to and fro: their mean is better than that of independent iterates
+      ...     _, state = tx.update(jnp.full(3, t % 2.0), state, params)
+      >>> found = swagjax.diagnostics.effective_count(state)
+      >>> print(bool(found.n_eff > 40), found.autocorrelation[:4].round(2))
+      True [ 1. -1.  1. -1.]
     """
 
     n_eff: jax.Array
@@ -62,13 +82,22 @@ class EffectiveCount(NamedTuple):
 
 
 class CapturedVariance(NamedTuple):
-    """How many directions the iterates spread over, see :func:`captured_variance`.
+    """How many directions the iterates spread over, see ``captured_variance``.
 
     Attributes:
       cumulative: shape (K - 1,), the share of the held iterates' variance within the first
         1 ... K - 1 principal directions; NaN from h on, where there are no more.
       effective_dimension: participation ratio of the principal variances, from 1 to h - 1.
       low_rank_share: share of the low-rank part in the variance of the posterior.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag(rank=4), jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> for t in range(4):  # along one direction
+      ...     _, state = tx.update(jnp.full(3, float(t)), state, params)
+      >>> print(swagjax.diagnostics.captured_variance(state).cumulative.round(4))
+      [1. 1. 1.]
     """
 
     cumulative: jax.Array
@@ -131,7 +160,7 @@ def check_iterate(opt_state: Any, params: optax.Params) -> None:
 def drift(state: SWAGState) -> Drift:
     """Do the iterates still travel, or stand still: a posterior too wide and off, or too narrow.
 
-    With c the times 1 ... h less their mean, of norm 1, and S = tr Sigma_diag * n / (n - 1)::
+    With c the times 1 ... h less their mean, of norm 1, and S = tr Sigma_diag * n / (n - 1):
 
         trend    = c^T G c / tr G
         z        = (trend - 1 / (h - 1)) / (standard deviation of trend over all h! orders)
@@ -194,7 +223,7 @@ def drift(state: SWAGState) -> Drift:
 def effective_count(state: SWAGState) -> EffectiveCount:
     """Effective number of collected iterates, n over the integrated autocorrelation time.
 
-    With the autocorrelations rho_l of the held iterates, pooled over all weights::
+    With the autocorrelations rho_l of the held iterates, pooled over all weights:
 
         n_eff = n / (1 + 2 sum_l rho_l),  rho_l = (g_l + v) / (g_0 + v)
         g_l   = 1 / (h - l) sum_i G_i,i+l
@@ -255,7 +284,7 @@ def captured_variance(state: SWAGState) -> CapturedVariance:
     """Over how many directions the iterates spread: would a smaller rank do, or a larger one help.
 
     With l_1 >= ... >= l_(h-1) the eigenvalues of G, the principal variances of the held iterates
-    but for the factor 1 / (h - 1), and D the deviations as they are held::
+    but for the factor 1 / (h - 1), and D the deviations as they are held:
 
         cumulative_k        = (l_1 + ... + l_k) / tr G
         effective_dimension = (tr G)^2 / tr G^2

@@ -1,13 +1,13 @@
 """MultiSWAG: several SWAG posteriors as one mixture of Gaussians, a mode of the loss each.
 
-With N(m_j, S_j) the Gaussians of M runs, all of the same weight::
+With N(m_j, S_j) the Gaussians of M runs, all of the same weight:
 
     p(theta) = 1/M sum_j N(theta; m_j, S_j)
 
-The runs are trained apart, or side by side under one ``jax.vmap`` (:func:`swagjax.member_axes`);
-``mix`` makes a :class:`Mixture` of what they collected. A single run is the mixture of one. A
+The runs are trained apart, or side by side under one ``jax.vmap`` (``swagjax.member_axes``);
+``mix`` makes a ``Mixture`` of what they collected. A single run is the mixture of one. A
 mixture is a posterior for ``predict``, which takes the same number of samples from each member, as
-in the paper, and so leaves the chance of the draw of a member out of the average::
+in the paper, and so leaves the chance of the draw of a member out of the average:
 
     probs = swagjax.predict(key, mixture, prob_fn, inputs, num_samples=30, refresh=refresh)
 
@@ -18,10 +18,10 @@ Members that are spread over devices predict, and are drawn from, where they are
 are chosen among are gathered on every device first: ``SWAGState(*mixture)`` is the stacked state,
 for ``jax.vmap`` over members, here ``vmap(swagjax.sample)(keys, SWAGState(*mixture))``.
 
-Weights that come from elsewhere, one by one, are :class:`Points`: iterates of one run, a deep
+Weights that come from elsewhere, one by one, are ``Points``: iterates of one run, a deep
 ensemble, a Markov chain.
 
-Options are those of :mod:`swagjax.posterior` and hold for every member.
+Options are those of ``swagjax.posterior`` and hold for every member.
 
 Source: Wilson, Izmailov 2020, "Bayesian Deep Learning and a Probabilistic Perspective of
 Generalization" (arXiv:2002.08791), section 4.
@@ -191,7 +191,7 @@ def sample(
       scale: factor of every member's covariance.
       centering: ``"running"`` or ``"final"``.
       min_variance: floor under every member's Sigma_diag.
-      like: as in :func:`swagjax.sample`.
+      like: as in ``swagjax.sample``.
 
     Returns:
       A tree like the parameters of one member.
@@ -270,7 +270,7 @@ def log_prob(
     """Log-density of the mixture at ``params``, in nats.
 
     ``logsumexp_j log N(params; m_j, S_j) - log M``, with the members' densities, their precision
-    and their degenerate cases as in :func:`swagjax.log_prob`: of one member it is that number to
+    and their degenerate cases as in ``swagjax.log_prob``: of one member it is that number to
     the last bit. Two members of a network are so far apart that one term alone counts. It takes
     the memory of the mixture once more.
 
@@ -285,7 +285,7 @@ def log_prob(
       A scalar.
 
     Raises:
-      ValueError: as :func:`swagjax.log_prob`.
+      ValueError: as ``swagjax.log_prob``.
 
     Example:
       >>> import jax.numpy as jnp, swagjax

@@ -26,7 +26,18 @@ class Gaussian(NamedTuple):
       mean: theta_SWA.
       variance: V, with its scale and its half; NaN where nothing was collected.
       ring: the rows of D, in the dtype in which they are stored; empty without deviations.
-      mixing: M, (K, K).
+      mixing: M, (K, K), with W = D^T M.
+
+    Example:
+      >>> import jax.numpy as jnp, swagjax
+      >>> from swagjax.gaussian import gaussian
+      >>> tx, params = swagjax.swag(rank=2), jnp.zeros(1)
+      >>> state = tx.init(params)
+      >>> for x in (1.0, 3.0):
+      ...     _, state = tx.update(jnp.array([x]), state, params)
+      >>> found = gaussian(state, 1.0, "running", 0.0)
+      >>> print(found.mean, found.variance)  # V is half of Sigma_diag
+      [Array([2.], dtype=float32)] [Array([0.5], dtype=float32)]
     """
 
     mean: list[jax.Array]

@@ -99,7 +99,7 @@ def load(path: _StrPath, like: Any) -> SWAGState:
         shapes, and no dtypes. Leaves that the state did not hold (masked, frozen) may be there.
 
     Returns:
-      The state as :func:`swagjax.get_state` found it, on the default device;
+      The state as ``swagjax.get_state`` found it, on the default device;
       ``jax.device_put(state, shardings)`` moves it elsewhere.
 
     Raises:
@@ -171,7 +171,7 @@ def from_torch(
 
     Their ``SWAG`` keeps of a parameter ``w`` the buffers ``w_mean``, ``w_sq_mean`` and, with a
     covariance, ``w_cov_mat_sqrt``, whose rows are the last deviations from the running mean, the
-    oldest first; and ``n_models``, the number of iterates. With them::
+    oldest first; and ``n_models``, the number of iterates. With them:
 
         mean       = w_mean
         variance   = max(w_sq_mean - w_mean^2, 0)     (in float64)
@@ -195,7 +195,7 @@ def from_torch(
       name: a function from the path of a leaf, such as ``"Dense_0/kernel"``, to the key of its
         parameter in PyTorch, such as ``"base.fc.weight"``, and its layout: a function that moves
         the entries of an array from their shape to ours, or None where they are the same.
-        :func:`flax_names` makes one; the ``__getitem__`` of a dict is another.
+        ``flax_names`` makes one; the ``__getitem__`` of a dict is another.
       rank: rows of the ring, at least 2; by default as many as there are deviations. Fewer keep the
         latest, more are possible where no iterate was dropped yet.
 
@@ -255,10 +255,10 @@ def from_torch(
 
 
 def flax_names(modules: Mapping[str, str]) -> Callable[[str], tuple[str, Layout | None]]:
-    """Name the parameters of flax modules (linen or nnx) in PyTorch, for :func:`from_torch`.
+    """Name the parameters of flax modules (linen or nnx) in PyTorch, for ``from_torch``.
 
-    ``kernel`` becomes ``weight`` in the layout of :func:`kernel`; ``scale`` (of a normalization)
-    and ``embedding`` become ``weight``, ``bias`` stays ``bias``. Other cases are put before it::
+    ``kernel`` becomes ``weight`` in the layout of ``kernel``; ``scale`` (of a normalization)
+    and ``embedding`` become ``weight``, ``bias`` stays ``bias``. Other cases are put before it:
 
         special = {"Dense_0/kernel": ("base.fc.weight", io.flattened_kernel(16, 5, 5))}
         from_torch(arrays, params, lambda path: special.get(path) or names(path))
@@ -269,7 +269,7 @@ def flax_names(modules: Mapping[str, str]) -> Callable[[str], tuple[str, Layout 
         ``base.`` before all of them).
 
     Returns:
-      The argument ``name`` of :func:`from_torch`. It raises ``ValueError`` for other paths.
+      The argument ``name`` of ``from_torch``. It raises ``ValueError`` for other paths.
 
     Example:
       >>> from swagjax import io

@@ -1,6 +1,6 @@
 """A state read as a Gaussian over the weights: moments, samples, densities.
 
-With K deviations held, theta_SWA, Sigma_diag and D as in :class:`swagjax.SWAGState`::
+With K deviations held, theta_SWA, Sigma_diag and D as in ``swagjax.SWAGState``:
 
     SWAG        N(theta_SWA, scale * 1/2 (Sigma_diag + D D^T / (K - 1)))
     SWAG-Diag   N(theta_SWA, scale * Sigma_diag)                          (no half)
@@ -212,7 +212,7 @@ def iterates(state: SWAGState, *, like: Any = None) -> Any:
     exact but for rounding. Around 1 in float32 the error is 4 units in the last place at worst for
     a ring of 20, 11 for one of 100; in a ring of bfloat16 it is 1 % of the distance to theta_SWA.
     Nothing is collected beside what SWAG collects; with a ``rank`` of at least n these are all of
-    the iterates. By :class:`swagjax.ensemble.Points` they are a posterior for ``predict``: a fast
+    the iterates. By ``swagjax.ensemble.Points`` they are a posterior for ``predict``: a fast
     geometric ensemble, if they are the snapshots of a cyclical learning rate.
 
     Args:
@@ -264,7 +264,7 @@ def log_prob(
     """Log-density of the posterior at ``params``, in nats.
 
     With the covariance V + W W^T, V diagonal and W of K columns, r = params - theta_SWA and
-    C = I + W^T V^-1 W (K x K; Woodbury's identity and the determinant lemma)::
+    C = I + W^T V^-1 W (K x K; Woodbury's identity and the determinant lemma):
 
         -1/2 (r^T V^-1 r - (W^T V^-1 r)^T C^-1 (W^T V^-1 r) + log|V| + log|C| + P log 2 pi)
 
@@ -388,7 +388,7 @@ def kl(
 ) -> jax.Array:
     """Kullback-Leibler divergence KL(state || other) of two posteriors, in nats.
 
-    With N(m, S) that of ``state`` and N(n, T) that of ``other``, over P weights::
+    With N(m, S) that of ``state`` and N(n, T) that of ``other``, over P weights:
 
         1/2 (tr(T^-1 S) + (m - n)^T T^-1 (m - n) - P + log|T| - log|S|)
 

@@ -2,7 +2,7 @@
 
 ``swa_schedule`` falls to a constant at which SWAG collects. ``cyclical_schedule`` goes in cycles,
 and ``at_minimum`` says after which steps its learning rate was lowest: a snapshot of each cycle. A
-fast geometric ensemble is three lines::
+fast geometric ensemble is three lines:
 
     schedule = cyclical_schedule(0.05, 0.0005, cycle, start=start)
     tx = optax.chain(
@@ -99,7 +99,7 @@ def cyclical_schedule(
 ) -> optax.Schedule:
     """Learning rate in cycles, from ``max_value`` down to ``min_value`` and up again.
 
-    With i = 1, 2, ... the updates since ``start``, c = ``cycle`` and a_1, a_2 the two values::
+    With i = 1, 2, ... the updates since ``start``, c = ``cycle`` and a_1, a_2 the two values:
 
         triangular   t = ((i - 1) mod c + 1) / c
                      (1 - 2 t) a_1 + 2 t a_2            for t <= 1/2
@@ -109,7 +109,7 @@ def cyclical_schedule(
 
     The triangle is ``min_value`` at the c/2-th update of every cycle and ``max_value`` at its last.
     The cosine begins every cycle at ``max_value`` and ends it just above ``min_value``, by
-    (pi / 2c)^2 of the difference; then it jumps. :func:`at_minimum` finds these steps.
+    (pi / 2c)^2 of the difference; then it jumps. ``at_minimum`` finds these steps.
 
     Args:
       max_value: a_1, the learning rate between two minima.

@@ -4,7 +4,7 @@ The ring of a parameter of sharding ``P("data", None)`` has ``P(None, "data", No
 is whole, so that collecting and sampling move nothing between devices. A state made outside ``jit``
 lies so by itself, and on a mesh with axes of ``AxisType.Explicit`` it stays so. With ``Auto`` axes
 ``jit`` places results as it likes, zeros in particular, and has to be told, where the state is made
-and where it is updated::
+and where it is updated:
 
     placed = swagjax.sharding.state_shardings(tx.init, params)
     opt_state = jax.jit(tx.init, out_shardings=placed)(params)

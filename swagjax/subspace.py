@@ -1,7 +1,7 @@
 """Inference in a subspace of few dimensions, spanned by the deviations that SWAG holds.
 
 With theta_SWA, the deviations D (K rows, of K iterates) and their singular values s_1 >= s_2 >= ...
-and right singular vectors u_j::
+and right singular vectors u_j:
 
     theta(z) = theta_SWA + sum_j z_j v_j,    v_j = s_j u_j / sqrt(K - 1),    j = 1 ... dim
 
@@ -13,7 +13,7 @@ prior itself. The authors need it because there are many data and few dimensions
 the number of data over ``dim`` where none is given.
 
 ``pca`` makes the subspace, ``point`` the weights of a z, ``log_likelihood`` and ``log_prob`` are
-what a sampler asks for. The samplers are blackjax's, here one chain of elliptical slice sampling::
+what a sampler asks for. The samplers are blackjax's, here one chain of elliptical slice sampling:
 
     def log_likelihood(params):  # a sum over all data
         return model_log_density(params, x, y).sum()
@@ -171,7 +171,7 @@ def point(space: Subspace, z: jax.Array, *, like: Any = None) -> Any:
       space: what ``pca`` or ``random`` made.
       z: shape (dim,).
       like: parameters, for their dtypes and for leaves that the state did not hold, as in
-        :func:`swagjax.sample`.
+        ``swagjax.sample``.
 
     Returns:
       A tree like the parameters.

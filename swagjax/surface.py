@@ -76,7 +76,7 @@ class Plane(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A Gaussian on a plane, see :func:`project`.
+    """A Gaussian on a plane, see ``project``.
 
     Attributes:
       mean: shape ``(R,)``, the coordinates of theta_SWA.
@@ -102,7 +102,7 @@ class Projection(NamedTuple):
 def plane(first: Any, second: Any, third: Any) -> Plane:
     """Make the plane through three weight vectors, such as SGD, SWA and the initialisation.
 
-    The first is the origin, and the second lies on the first axis (Gram and Schmidt)::
+    The first is the origin, and the second lies on the first axis (Gram and Schmidt):
 
         u = (w2 - w1) / |w2 - w1|
         v = (w3 - w1 - <w3 - w1, u> u) / |w3 - w1 - <w3 - w1, u> u|
@@ -146,7 +146,7 @@ def pca_plane(trajectory: Any, num: int = 2) -> Plane:
     """Make the plane of the first principal directions of iterates, where a run moved most.
 
     With the T deviations d_i = theta_i - origin and G_ij = <d_i, d_j> (T x T, nothing is of size
-    P x P), the eigenvectors e_r of its largest eigenvalues l_r give::
+    P x P), the eigenvectors e_r of its largest eigenvalues l_r give:
 
         u_r = sum_i e_r,i d_i / l_r^(1/2),   points_i,r = <d_i, u_r> = l_r^(1/2) e_r,i
 
@@ -349,7 +349,7 @@ def filter_normalize(direction: Any, params: Any) -> Any:
 
     A network with BatchNorm or relu is the same function when a filter is scaled and the next
     layer scaled back, so that a direction of norm 1 is a large step for one and a small step for
-    the other. With j the output channels, here the last axis (that of flax)::
+    the other. With j the output channels, here the last axis (that of flax):
 
         d_j <- d_j / |d_j| * |w_j|
 
@@ -404,7 +404,7 @@ def evaluate(
         ``jnp.meshgrid``), and then ``path`` gets a number of each.
       data: an array or a tree of arrays, handed to ``fn`` as it is.
       refresh: ``params -> statistics`` for a model with batch statistics, called at each point:
-        see :mod:`swagjax.batch_stats`.
+        see ``swagjax.batch_stats``.
       chunk_size: how many points run side by side under ``vmap``. One at a time keeps
         convolutions fast on CPU; dense networks and accelerators gain by more.
 
@@ -447,7 +447,7 @@ def project(
 ) -> Projection:
     """The posterior's shadow on a plane: mean and covariance of the coordinates of its samples.
 
-    With U the directions, the rows of an (R, P) matrix, exactly and without sampling::
+    With U the directions, the rows of an (R, P) matrix, exactly and without sampling:
 
         mean       = U (theta_SWA - origin)
         covariance = U Sigma U^T,   Sigma = scale * 1/2 (Sigma_diag + D D^T / (K - 1))    (SWAG)
@@ -519,7 +519,7 @@ def line(start: Any, end: Any, num: int = 3) -> tuple[Any, ...]:
 def bezier(points: Sequence[Any], t: chex.Numeric) -> Any:
     """Weights on a Bezier curve, bent towards the points between its ends.
 
-    With n + 1 points w_0 ... w_n (three make the quadratic curve of the paper)::
+    With n + 1 points w_0 ... w_n (three make the quadratic curve of the paper):
 
         w(t) = sum_k C(n, k) (1 - t)^(n - k) t^k w_k,   0 <= t <= 1
 
@@ -551,7 +551,7 @@ def bezier(points: Sequence[Any], t: chex.Numeric) -> Any:
 def chain(points: Sequence[Any], t: chex.Numeric) -> Any:
     """Weights on a polygonal chain: straight segments from point to point, each 1 / n of t.
 
-    With n + 1 points w_0 ... w_n::
+    With n + 1 points w_0 ... w_n:
 
         w(t) = (k + 1 - n t) w_k + (n t - k) w_(k+1),   k <= n t <= k + 1
 
@@ -592,7 +592,7 @@ def connect(
     """Train a curve of low loss between two solutions, whose ends stay fixed.
 
     By one step of ``tx`` for each batch on the points between the ends, at a random place of the
-    curve each, which is stochastic gradient descent on the mean loss over it::
+    curve each, which is stochastic gradient descent on the mean loss over it:
 
         min over w_1 ... w_(n-1) of E_t loss(curve(t)),   t ~ U(0, 1)
 

@@ -21,7 +21,7 @@ import optax
 class SWAGState(NamedTuple):
     """The first and second moments of the collected iterates, and the last deviations.
 
-    With theta_1 ... theta_n the collected iterates (n = ``count``)::
+    With theta_1 ... theta_n the collected iterates (n = ``count``):
 
         mean       = 1/n sum_i theta_i                                (theta_SWA)
         variance   = 1/n sum_i theta_i^2 - mean^2, held centred       (Sigma_diag)
@@ -88,7 +88,7 @@ def swag(
 
     The updates pass through unchanged. After the t-th call (t = 1, 2, ...) the iterate is
     ``optax.apply_updates(params, updates)``; it is collected if ``t > start`` and
-    ``(t - start) % every == 0``. With n iterates collected before it::
+    ``(t - start) % every == 0``. With n iterates collected before it:
 
         mean     <- mean + (theta - mean) / (n + 1)
         variance <- variance + ((theta - mean)^2 (n + 1) / n - variance) / (n + 1)   (new mean)
@@ -123,7 +123,7 @@ def swag(
         whole ring at each collection and draw.
 
     Returns:
-      A gradient transformation whose state is a :class:`SWAGState`.
+      A gradient transformation whose state is a ``SWAGState``.
 
     Raises:
       ValueError: for a bad argument; by ``init`` for leaves that are not real floating point; by
