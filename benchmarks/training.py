@@ -6,13 +6,12 @@ lies split over them, everything else whole on each, and what they compute is th
 rounding.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +22,9 @@ import optax
 import orbax.checkpoint as ocp
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import swagjax
+from benchmarks import progress
 from benchmarks.algorithms import Algorithm, Recipe, steps
 from benchmarks.augmentation import augmentation
 from benchmarks.data import Part
@@ -74,7 +72,7 @@ def train(
         networks = jax.device_put(networks, whole)
         note = _log(folder / "log" / f"{recipe.__name__}-{member}.jsonl", rates, first)
         label = recipe.__name__.replace("_", " ") + (f" {member + 1}" if member else "")
-        with _checkpoints(kept) as manager, _progress(options) as show:
+        with _checkpoints(kept) as manager, progress.bar(label, options.epochs, "epochs") as show:
             for epoch in range(first, options.epochs):
                 networks, losses = run_epoch(epoch, networks, member)
                 note(epoch + 1, losses)
@@ -338,13 +336,3 @@ def _log(path: Path, rates: list[float], first: int) -> Callable[[int, list[floa
             file.write(json.dumps(of_epoch) + "\n")
 
     return note
-
-
-@contextlib.contextmanager
-def _progress(options: Training) -> Iterator[Callable[[str, int], None]]:
-    """A bar over the epochs on stderr, shown where that is a terminal."""
-    text = TextColumn("{task.description:<28}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("compiling", total=options.epochs)
-        yield lambda text, epoch: bar.update(task, description=text, completed=epoch)

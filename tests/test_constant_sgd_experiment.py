@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -33,6 +34,30 @@ def test_one_command_writes_figures_and_pictures(tmp_path, capsys):
     for picture in ("step.png", "spread.png"):
         assert (folder / picture).stat().st_size > 10_000
     assert "diabetes: N = 398, D = 11" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_resumed_after_the_methods_that_were_done(tmp_path, monkeypatch):
+    chosen = ConstantSgd(**TINY, methods=("SGD", "averages"), sweep=(0.5, 1.0), results=tmp_path)
+    path = tmp_path / "constant_sgd" / "diabetes" / "results.json"
+    constant_sgd(chosen)
+    whole = path.read_text()
+    path.unlink()
+    run, done = experiment.run, []
+
+    def interrupted(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args)
+        return run(*args)
+
+    monkeypatch.setattr(experiment, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        constant_sgd(chosen)
+    done.clear()
+    constant_sgd(dataclasses.replace(chosen, resume=True))
+    assert path.read_text() == whole
+    assert len(done) == 1  # SGD and its averages were done
 
 
 def example():
@@ -100,7 +125,7 @@ def test_minibatches_that_are_too_large_end_in_one_line(tmp_path):
     chosen = ConstantSgd(batch_size=398, methods=("SGD",), results=tmp_path)
     with pytest.raises(UsageError, match="--batch-size 398: SGD diverges"):
         constant_sgd(chosen)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("results.json"))
 
 
 def exact(of, H, momentum, own):
@@ -186,4 +211,4 @@ def _best_step(of):
 def test_bad_options_end_in_one_line(options, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         constant_sgd(ConstantSgd(**options, results=tmp_path))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("results.json"))

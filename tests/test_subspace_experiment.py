@@ -1,5 +1,6 @@
 """The experiment in the subspace: its samplers, what it draws, and its command."""
 
+import dataclasses
 import json
 
 import jax
@@ -59,6 +60,22 @@ def test_one_command_writes_figures_and_a_picture(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "NLL of PCA+ESS - SWAG scaled" in said
     assert "R-hat" in said
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_resumed_after_its_search(tmp_path, monkeypatch):
+    chosen = Subspace(**TINY, results=tmp_path)
+    path = tmp_path / "subspace" / "diabetes" / "results.json"
+    experiment.subspace(chosen)
+    whole = path.read_text()
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_final", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            experiment.subspace(chosen)
+    monkeypatch.setattr(experiment, "_search", None)
+    experiment.subspace(dataclasses.replace(chosen, resume=True))
+    assert path.read_text() == whole
 
 
 def trained(count=9, rank=6):

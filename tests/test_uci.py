@@ -16,7 +16,7 @@ from scipy import stats
 
 import swagjax
 from benchmarks import __main__ as command_line
-from benchmarks import options, report
+from benchmarks import options, report, stages
 from benchmarks.experiments import uci
 from benchmarks.regression import (
     algorithms,
@@ -25,7 +25,6 @@ from benchmarks.regression import (
     network,
     published,
     scoring,
-    stages,
     training,
     tuning,
 )

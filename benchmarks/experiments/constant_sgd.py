@@ -19,12 +19,14 @@ preconditioner at several times its best step, where all directions relax alike.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks import options
+from benchmarks.stages import Stage
 
 STEPS = 200  # an epoch, by default: few enough to be quick, steps small enough for theory
 LEAST = 50  # epochs to keep draws of
@@ -85,6 +87,8 @@ class ConstantSgd:
     best."""
     vi_steps: int = 5000
     """Steps of Adam by mean-field VI."""
+    resume: bool = False
+    """Continue an interrupted run after the last method that it finished."""
     results: Path = Path("results")
     """Folder under which constant_sgd/<name>/ is written."""
 
@@ -160,18 +164,22 @@ def _compare(chosen: ConstantSgd, dataset: Any) -> None:
     """Sample, score; print the table, write the JSON and the pictures."""
     from rich.console import Console
 
-    from benchmarks import report
+    from benchmarks import report, stages
 
+    folder = chosen.results / "constant_sgd" / dataset.name
+    kept = stages.open_stages(folder / "stages", _identity(chosen, dataset), chosen.resume)
     splits = range(min(chosen.splits, len(dataset.splits)))
     problems = [problem(chosen, dataset, split) for split in splits]
-    first, sampled = problems[0], [_sampled(chosen, p) for p in problems]
+    first, runs = problems[0], {SOURCES.get(name, name) for name in _methods(chosen)}
+    with stages.with_bar(kept, len(splits) * len(runs) + len(chosen.sweep)) as stage:
+        sampled = [_sampled(chosen, p, stage, split) for split, p in enumerate(problems)]
+        swept = _sweep(chosen, first, stage)
     scored = [_scores(p, of) for p, of in zip(problems, sampled, strict=True)]
     results = {
         method: {metric: [of[method][metric] for of in scored] for metric in scored[0][method]}
         for method in scored[0]
     }
-    least, swept = least_kl(first), _sweep(chosen, first, sampled[0].found.get("SGD"))
-    folder = chosen.results / "constant_sgd" / dataset.name
+    least = least_kl(first)
     console = Console(width=max(WIDTH, Console().width))
     console.print(_title(dataset.name, first), report.table(results), _said(least), sep="\n")
     context = _context(chosen, first, dataset) | {"least_kl": least, "sweep": swept}
@@ -381,32 +389,40 @@ def _minibatches(key: Any, of: Problem, chains: int, reshuffled: bool) -> Any:
     return order[: of.steps * of.batch_size].reshape(of.steps, of.batch_size, chains).swapaxes(1, 2)
 
 
-def _sampled(chosen: ConstantSgd, of: Problem) -> Sampled:
+def _sampled(chosen: ConstantSgd, of: Problem, stage: Stage, split: int) -> Sampled:
     """Run the chosen methods; averages of plain SGD come from its own run."""
-    sampled, runs, done = Sampled({}, {}, {}), samplers(chosen, of), {}
+    sampled, runs = Sampled({}, {}, {}), samplers(chosen, of)
     for name in _methods(chosen):
-        if name == VI:
-            sampled.found[name] = _mean_field(chosen, of)
-            sampled.theory[name] = Moments(of.mean, np.diag(1 / np.diag(of.rows * of.A)))
-            continue
         source, averaged = SOURCES.get(name, name), name.startswith("averages")
-        sampler = runs[source]()
-        done[source] = done.get(source) or run(chosen, of, sampler)
-        draws = done[source][averaged]
-        if not np.isfinite(draws).all():
+        if name == VI:
+            theory, compute = np.diag(1 / np.diag(of.rows * of.A)), partial(_mean_field, chosen, of)
+        else:
+            sampler = runs[source]()
+            theory = sampler.averaged if averaged else sampler.covariance
+            sampled.epochs[name] = float(sampler.epochs)
+            compute = partial(_moments, chosen, of, sampler)
+        found = Moments(*map(np.array, stage(_run_name(split, source), compute)[averaged]))
+        if not np.isfinite(found.covariance).all():
             raise _diverged(of)
-        covariance = sampler.averaged if averaged else sampler.covariance
-        sampled.found[name] = Moments(draws.mean(0), np.cov(draws.T))
-        sampled.theory[name] = Moments(of.mean, covariance)
-        sampled.epochs[name] = float(sampler.epochs)
+        sampled.found[name], sampled.theory[name] = found, Moments(of.mean, theory)
     return sampled
+
+
+def _run_name(split: int, source: str) -> str:
+    return f"split {split + 1}, {source}"
+
+
+def _moments(chosen: ConstantSgd, of: Problem, sampler: Sampler) -> list[Any]:
+    """Mean and covariance of the iterates and of the averages, as JSON can hold them."""
+    with np.errstate(all="ignore"):  # where it diverged
+        return [[d.mean(0).tolist(), np.cov(d.T).tolist()] for d in run(chosen, of, sampler)]
 
 
 def _methods(chosen: ConstantSgd) -> list[str]:
     return [name for name in STYLES if name in (chosen.methods or STYLES)]
 
 
-def _mean_field(chosen: ConstantSgd, of: Problem) -> Moments:
+def _mean_field(chosen: ConstantSgd, of: Problem) -> list[Any]:
     """Mean-field VI by Adam with a step that decays to zero, on all rows at once."""
     import blackjax
     import jax
@@ -428,7 +444,7 @@ def _mean_field(chosen: ConstantSgd, of: Problem) -> Moments:
     keys = jax.random.split(jax.random.key(chosen.seed), chosen.vi_steps)
     state, _ = jax.jit(lambda keys: jax.lax.scan(step, vi.init(jnp.ones_like(center)), keys))(keys)
     mean, sd = center + scale * state.mu, scale * jnp.exp(state.rho)
-    return Moments(np.asarray(mean, float), np.diag(np.asarray(sd, float) ** 2))
+    return [[np.asarray(mean, float).tolist(), np.diag(np.asarray(sd, float) ** 2).tolist()]]
 
 
 def _scores(of: Problem, sampled: Sampled) -> dict[str, dict[str, float]]:
@@ -496,8 +512,8 @@ def least_kl(of: Problem) -> dict[str, dict[str, float]]:
     return {"scalar": scalar | {"step": step}, "diagonal": by_rows, "full": {"formula": exact}}
 
 
-def _sweep(chosen: ConstantSgd, of: Problem, known: Moments | None) -> list[dict[str, float]]:
-    """KL of plain SGD, of its draws, at multiples of the best step; ``known`` is of the best."""
+def _sweep(chosen: ConstantSgd, of: Problem, stage: Stage) -> list[dict[str, float]]:
+    """KL of plain SGD, of its draws, at multiples of the best step; that of the best is known."""
     import optax
 
     from swagjax import constant_sgd as room
@@ -508,22 +524,26 @@ def _sweep(chosen: ConstantSgd, of: Problem, known: Moments | None) -> list[dict
         step = multiple * best
         if step * np.linalg.eigvalsh(of.A).max() >= 2:
             continue  # it diverges
-        moments = known
-        if multiple != 1 or known is None:
-            iterates, _ = run(chosen, of, _sgd(of, optax.sgd(step), step * np.eye(len(of.mean))))
-            moments = Moments(iterates.mean(0), np.cov(iterates.T))
+        sampler = _sgd(of, optax.sgd(step), step * np.eye(len(of.mean)))
+        name = _run_name(0, "SGD" if multiple == 1 else f"SGD at {multiple:g} times the best step")
+        moments = Moments(*map(np.array, stage(name, partial(_moments, chosen, of, sampler))[0]))
         if np.isfinite(moments.covariance).all():
             swept.append({"multiple": multiple, "step": step, "KL": kl(of, moments)})
     return swept
 
 
+def _identity(chosen: ConstantSgd, dataset: Any) -> dict[str, Any]:
+    """The options that determine the numbers of one data set."""
+    neutral = {"results", "data_dir", "name", "resume"}
+    kept = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in neutral}
+    return kept | {"dataset": dataset.name}
+
+
 def _context(chosen: ConstantSgd, of: Problem, dataset: Any) -> dict[str, Any]:
-    left_out = {"results", "data_dir", "name"}
-    kept = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in left_out}
     sandwich = np.linalg.solve(of.A, np.linalg.solve(of.A, of.C).T) / of.rows
     return {
         "experiment": "constant_sgd",
-        "options": kept | {"dataset": dataset.name, "batch_size": of.batch_size},
+        "options": _identity(chosen, dataset) | {"batch_size": of.batch_size},
         "data": {"rows": of.rows, "parameters": len(of.mean), "noise_variance": of.noise},
         "hessian_eigenvalues": np.linalg.eigvalsh(of.A).tolist(),
         "noise_in_units_of_hessian": np.sort(

@@ -104,7 +104,7 @@ def language(chosen: Language) -> None:
     import rich  # here, as all that is heavy: --help needs none of it
 
     from benchmarks import report
-    from benchmarks.regression.stages import open_stages
+    from benchmarks.stages import open_stages
 
     _check(chosen)
     content = read(chosen.text)
@@ -194,18 +194,13 @@ def _topics() -> str:
 
 def _run(chosen: Language, parts: Parts, stage: Callable[..., Any]) -> list[dict[str, Any]]:
     """What ``_evaluate`` says of every seed, with a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
+    from benchmarks import progress
 
     each = chosen.start + 2 * (chosen.steps - chosen.start)
-    text = TextColumn("{task.description:<30}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TextColumn("steps"), Remaining())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("compiling", total=each * chosen.seeds)
+    with progress.bar("compiling", each * chosen.seeds, "steps") as shown:
 
         def show(text: str, done: int) -> None:
-            bar.update(task, description=f"seed {seed}, {text}", completed=seed * each + done)
+            shown(f"seed {seed}, {text}", seed * each + done)
 
         found, train, evaluate = [], _trainer(chosen, parts.train), _evaluator(chosen, parts)
         for seed in range(chosen.seeds):

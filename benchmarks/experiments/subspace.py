@@ -74,6 +74,8 @@ class Subspace:
     """Steps of each chain after them."""
     num_samples: int = 30
     """Networks averaged by every method that samples, of a chain at even distances."""
+    resume: bool = False
+    """Continue an interrupted run after its search, and with the data set it was at."""
     results: Path = Path("results")
     """Folder under which subspace/<name>/ is written."""
 
@@ -93,13 +95,11 @@ class Found(NamedTuple):
       outputs: of every method means and variances ``(splits, S, M)``.
       draws: of every sampler z ``(splits, chains, draws, dim)``.
       divergent: share of NUTS's steps, ``(splits,)``.
-      map: of the first split, what the picture shows.
     """
 
     outputs: dict[str, tuple[np.ndarray, np.ndarray]]
     draws: dict[str, np.ndarray]
     divergent: np.ndarray
-    map: dict[str, np.ndarray]
 
 
 def subspace(chosen: Subspace) -> None:
@@ -115,22 +115,46 @@ def _compare(chosen: Subspace, dataset: Any) -> None:
     """Train, choose, sample, score; print the table, write the JSON and the picture."""
     from rich.console import Console
 
-    from benchmarks import report
+    from benchmarks import report, stages
     from benchmarks.regression import data
 
     folder = chosen.results / "subspace" / dataset.name
+    stage = stages.open_stages(folder / "stages", _identity(chosen, dataset), chosen.resume)
     splits = dataset.splits[: chosen.splits]
     held_out, parts = (data.parts(dataset, s) for s in (data.held_out(splits), splits))
-    tables = _search(chosen, held_out, _train(chosen, held_out, "search"))
-    settings = {name: _least(nll) for name, nll in tables.items()}
-    found = _sample(chosen, parts, _train(chosen, parts, "final"), settings)
-    content = _record(chosen, dataset, parts, tables, settings, found)
+    tables = _arrays(stage("search", lambda: _lists(_search(chosen, held_out))))
+    content, shown = stage("final", lambda: _final(chosen, dataset, parts, tables))
     report.write_json(folder / "results.json", content)
     console = Console(width=max(100, Console().width))
     console.print(_title(content), report.beside(content), sep="\n")
     print("\n".join(_remarks(content)))
-    _draw(folder / "posterior.png", found, content)
+    _draw(folder / "posterior.png", _arrays(shown), content)
     print(f"results.json and posterior.png are in {folder}\n")
+
+
+def _final(
+    chosen: Subspace, dataset: Any, parts: Any, tables: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record of all splits with the settings that held-out rows chose, and the picture's."""
+    import jax
+
+    settings = {name: _least(nll) for name, nll in tables.items()}
+    states = _train(chosen, parts, "final")
+    found = _sample(chosen, parts, states, settings)
+    content = _record(chosen, dataset, parts, tables, settings, found)
+    first = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf)[0], (states, _rows(parts)))
+    temperature = chosen.temperatures[settings["PCA"][0]]
+    draws = {name: found.draws[name][0].reshape(-1, chosen.dim) for name in SAMPLERS}
+    return content, _lists(_map(chosen, *first, temperature, draws["PCA+ESS"]) | draws)
+
+
+def _lists(arrays: dict[str, Any]) -> dict[str, Any]:
+    """As JSON can hold them."""
+    return {name: np.asarray(values, float).tolist() for name, values in arrays.items()}
+
+
+def _arrays(lists: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.array(values) for name, values in lists.items()}
 
 
 def _check(chosen: Subspace) -> None:
@@ -298,14 +322,14 @@ def _predict(networks: Any, x: Any) -> Any:
     return swagjax.predict_samples(key, points, network.apply, x, chunk_size=size)
 
 
-def _search(chosen: Subspace, parts: Any, states: Any) -> dict[str, np.ndarray]:
+def _search(chosen: Subspace, parts: Any) -> dict[str, np.ndarray]:
     """NLL ``(splits, settings)`` on the held-out rows, of every temperature or scale."""
     import jax
     import jax.numpy as jnp
 
     from swagjax import metrics
 
-    number = chosen.num_samples
+    states, number = _train(chosen, parts, "search"), chosen.num_samples
     steps = min(SEARCH, chosen.warmup), min(SEARCH, chosen.draws)
 
     def of_split(state: Any, data: Rows, x: Any, y: Any, split: Any) -> Any:
@@ -374,9 +398,7 @@ def _sample(chosen: Subspace, parts: Any, states: Any, settings: dict[str, np.nd
 
     arguments = (states, _rows(parts), parts.test_x, values, np.arange(len(parts.rows)))
     outputs, zs, divergent = jax.device_get(jax.jit(jax.vmap(of_split))(*arguments))
-    first = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], (states, _rows(parts)))
-    shown = _map(chosen, *first, values["PCA"][0], zs["PCA+ESS"][0])
-    return Found(_by_method(outputs, number), zs, divergent, shown)
+    return Found(_by_method(outputs, number), zs, divergent)
 
 
 def _by_method(outputs: Any, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -423,7 +445,7 @@ def _matrix(tree: Any) -> np.ndarray:
 
 
 def _map(
-    chosen: Subspace, state: Any, data: Rows, temperature: Any, zs: np.ndarray
+    chosen: Subspace, state: Any, data: Rows, temperature: float, draws: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Log-density over the first two directions, the others at the mean of the draws."""
     import jax
@@ -433,13 +455,12 @@ def _map(
 
     space = subspace.pca(state, chosen.dim)
     covariance = swag_covariance(space, state)
-    flat = zs.reshape(-1, chosen.dim)
     reach = 2 * np.sqrt(np.diag(covariance)[:2])
-    low, high = np.minimum(flat[:, :2].min(0), -reach), np.maximum(flat[:, :2].max(0), reach)
+    low, high = np.minimum(draws[:, :2].min(0), -reach), np.maximum(draws[:, :2].max(0), reach)
     margin = 0.1 * (high - low)
     axes = np.linspace(low - margin, high + margin, 61).T
     first, second = np.meshgrid(*axes)
-    grid = np.tile(flat.mean(0), (first.size, 1))
+    grid = np.tile(draws.mean(0), (first.size, 1))
     grid[:, 0], grid[:, 1] = first.ravel(), second.ravel()
     density = partial(
         subspace.log_prob, space, function=partial(log_likelihood, data), temperature=temperature
@@ -467,13 +488,11 @@ def _record(
     ratio = float((parts.test_rows / parts.rows).mean())
     scores = {name: _scores(*found.outputs[name], parts) for name in METHODS}
     rows = _published(dataset.name)
-    neutral = {"name", "data_dir", "results"}
-    kept = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in neutral}
     standardised = any(row["standardised"] for row in rows)
     return report.record(
         scores,
         experiment="subspace",
-        options=kept | {"dataset": dataset.name},
+        options=_identity(chosen, dataset),
         data={
             "rows": len(dataset.targets),
             "inputs": dataset.inputs.shape[1],
@@ -490,6 +509,13 @@ def _record(
         samplers=_mixing(found),
         paired_tests={m: report.paired_tests(scores, m, ratio) for m in TESTED},
     )
+
+
+def _identity(chosen: Subspace, dataset: Any) -> dict[str, Any]:
+    """The options that determine the numbers of one data set."""
+    neutral = {"name", "data_dir", "results", "resume"}
+    kept = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in neutral}
+    return kept | {"dataset": dataset.name}
 
 
 def _scores(means: np.ndarray, variances: np.ndarray, parts: Any) -> dict[str, list[float]]:
@@ -621,7 +647,7 @@ def _sources(content: dict[str, Any]) -> list[str]:
     return [f"* {paper}: {caveat}" for paper, caveat in sources]
 
 
-def _draw(path: Path, found: Found, content: dict[str, Any]) -> None:
+def _draw(path: Path, shown: dict[str, np.ndarray], content: dict[str, Any]) -> None:
     """The posterior of the first split: a slice of it, and how wide it is in every direction."""
     import matplotlib
 
@@ -629,9 +655,9 @@ def _draw(path: Path, found: Found, content: dict[str, Any]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", width_ratios=(6, 5))
-    _draw_map(axes[0], found)
-    _draw_widths(axes[1], found)
-    temperature = f"{float(found.map['temperature']):g}"
+    _draw_map(axes[0], shown)
+    _draw_widths(axes[1], shown)
+    temperature = f"{float(shown['temperature']):g}"
     figure.suptitle(
         f"{content['options']['dataset']}, first split: posterior in the subspace of the iterates, "
         f"temperature {temperature}"
@@ -643,8 +669,8 @@ def _draw(path: Path, found: Found, content: dict[str, Any]) -> None:
     plt.close(figure)
 
 
-def _draw_map(ax: Any, found: Found) -> None:
-    shown, zs = found.map, found.draws["PCA+ESS"][0].reshape(-1, found.map["covariance"].shape[0])
+def _draw_map(ax: Any, shown: dict[str, np.ndarray]) -> None:
+    zs = shown["PCA+ESS"]
     below = shown["density"] - shown["density"].max()
     levels = [-0.5 * k**2 for k in (4, 3, 2, 1)]
     lines = {"colors": "0.45", "linewidths": 1, "linestyles": "solid"}
@@ -662,12 +688,12 @@ def _draw_map(ax: Any, found: Found) -> None:
     ax.set(xlabel="z of the first direction", ylabel="z of the second direction")
 
 
-def _draw_widths(ax: Any, found: Found) -> None:
-    covariance = found.map["covariance"]
+def _draw_widths(ax: Any, shown: dict[str, np.ndarray]) -> None:
+    covariance = shown["covariance"]
     index = np.arange(1, len(covariance) + 1)
     drawn = (("PCA+ESS", BLUE, "o", "ESS"), ("PCA+NUTS", GREEN, "x", "NUTS"))
     for (name, color, marker, label), shift in zip(drawn, (-0.1, 0.1), strict=True):
-        zs = found.draws[name][0].reshape(-1, len(index))
+        zs = shown[name]
         ax.errorbar(
             index + shift, zs.mean(0), zs.std(0), fmt=marker, color=color, capsize=3, label=label
         )

@@ -109,8 +109,8 @@ def _compare(chosen: Uci, dataset: Any) -> None:
     """Choose, train, score; print the table, write the JSON and the picture."""
     from rich.console import Console
 
-    from benchmarks import report
-    from benchmarks.regression import data, scoring, stages, tuning
+    from benchmarks import report, stages
+    from benchmarks.regression import data, scoring, tuning
 
     folder = chosen.results / "uci" / _folder(chosen, dataset.name)
     splits = dataset.splits[: chosen.splits]

@@ -13,9 +13,9 @@ import swagjax
 from benchmarks.regression import training
 from benchmarks.regression.data import Parts
 from benchmarks.regression.methods import METHODS, Draw, outputs
-from benchmarks.regression.stages import Stage
 from benchmarks.regression.training import Plan
 from benchmarks.regression.tuning import Choice, shortened
+from benchmarks.stages import Stage
 from swagjax import diagnostics, metrics
 
 METRICS = ("RMSE", "NLL", "mixture", "CRPS", "coverage", "width")  # mixture: its NLL

@@ -5,17 +5,15 @@ trained beside it, and candidates differ in their hyper-parameters alone.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import swagjax
+from benchmarks import progress
 from benchmarks.regression import network
 from benchmarks.regression.data import Parts
 
@@ -103,13 +101,13 @@ def train(
     epoch_of_all = _epoch(algorithm, plan, side_by_side, axes)
     data = jax.device_put((parts.x, parts.y, parts.rows))
     aside = []
-    with _progress(label, plan.epochs) as advance:
+    with progress.bar(label, plan.epochs, "epochs") as show:
         for epoch in range(1, plan.epochs + 1):
             state = epoch_of_all(epoch, state, data)
             if epoch in algorithm.snapshots:
                 aside.append(jax.tree.map(jnp.copy, state))  # the next epoch reuses its memory
-            advance()
             jax.block_until_ready(state)
+            show(label, epoch)
     snapshots = jax.tree.map(lambda *xs: jnp.stack(xs, 1), *aside) if aside else ()
     return Trained(jax.vmap(lambda x: x, in_axes=(axes,))(state), snapshots)
 
@@ -168,13 +166,3 @@ def _batches(split: Any, member: Any, epoch: Any, plan: Plan, data: Any) -> jax.
     ranks = jax.random.uniform(drawn, x.shape[1:2])
     order = jnp.argsort(jnp.where(jnp.arange(x.shape[1]) < rows[split], ranks, 2.0))
     return order[: plan.steps * plan.batch_size].reshape(plan.steps, plan.batch_size)
-
-
-@contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar over the epochs on stderr, shown where that is a terminal."""
-    text = TextColumn("{task.description:<40}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)

@@ -12,8 +12,8 @@ import numpy as np
 from benchmarks.regression import algorithms, training
 from benchmarks.regression.data import Parts
 from benchmarks.regression.methods import METHODS, Calibration, Draw, outputs
-from benchmarks.regression.stages import Stage
 from benchmarks.regression.training import Hyper, Plan
+from benchmarks.stages import Stage
 from swagjax import metrics
 
 

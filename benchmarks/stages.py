@@ -1,11 +1,14 @@
 """Results of the stages of a long run on disk, so that an interrupted one need not start anew."""
 
+import contextlib
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import progress
 from benchmarks.options import UsageError
 
 Stage = Callable[[str, Callable[[], Any]], Any]  # name and computation, to its result
@@ -45,6 +48,19 @@ def open_stages(folder: Path, identity: dict[str, Any], resume: bool) -> Stage:
         return content["stages"][name]
 
     return stage
+
+
+@contextlib.contextmanager
+def with_bar(stage: Stage, total: int) -> Iterator[Stage]:
+    """The same, with a bar over the stages that says which is at work."""
+    with progress.bar("compiling", total, "runs") as show:
+        done = itertools.count()
+
+        def shown(name: str, compute: Callable[[], Any]) -> Any:
+            show(name, next(done))
+            return stage(name, compute)
+
+        yield shown
 
 
 def _read(path: Path) -> Any:
