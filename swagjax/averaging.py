@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swagjax import ensemble, prng
+from swagjax import ensemble, prng, programs
 from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
 from swagjax.ensemble import Mixture, Points
 from swagjax.posterior import check_collected, from_noise, sample
@@ -214,13 +214,6 @@ class _Run(NamedTuple):
     antithetic: bool
 
 
-class _Static(NamedTuple):
-    """What of a tree is no array: its structure, and in their places the other leaves, typed."""
-
-    treedef: Any
-    leaves: tuple[Any, ...]
-
-
 class _Reduction(NamedTuple):
     """How outputs of samples become one: within a chunk, between chunks, and at the end."""
 
@@ -263,7 +256,7 @@ def _prepare(
         chunk_size = len(keys) if keys.ndim else _default_chunk(posterior, keys)
     if not keys.ndim:
         keys = _split(keys, _number(posterior, num_samples), antithetic)
-    return _Run(posterior, unjit(prob_fn), refresh, chunk_size, bool(antithetic)), keys
+    return _Run(posterior, programs.unjit(prob_fn), refresh, chunk_size, bool(antithetic)), keys
 
 
 def _check_posterior(posterior: Any, antithetic: bool) -> None:
@@ -365,18 +358,8 @@ def _default_chunk(posterior: Any, key: jax.Array) -> int:
 
 def _run(run: _Run, keys: jax.Array, stats: Any, inputs: Any, reduction: _Reduction | None) -> Any:
     _check_inputs(inputs)
-    leaves, treedef = jax.tree.flatten(run)
-    arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
-    # With its type: 1, 1.0 and True are equal, and would share a program.
-    others = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-    try:
-        hash((treedef, others))
-    except TypeError as error:
-        raise ValueError(
-            f"posterior, prob_fn or refresh holds what can be neither traced nor compiled in "
-            f"({error}): give functions, or pytrees of arrays and hashable values"
-        ) from error
-    return _program(arrays, keys, stats, inputs, _Static(treedef, others), reduction)
+    arrays, static = programs.separate(run, "posterior, prob_fn or refresh")
+    return _program(arrays, keys, stats, inputs, static, reduction)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -385,12 +368,11 @@ def _program(
     keys: jax.Array,
     stats: Any,
     inputs: Any,
-    static: _Static,
+    static: programs.Static,
     reduction: _Reduction | None,
 ) -> Any:
     """Evaluate all samples chunk by chunk; average them, or stack them without a reduction."""
-    merged = [a if o is None else o[1] for a, o in zip(arrays, static.leaves, strict=True)]
-    run: _Run = jax.tree.unflatten(static.treedef, merged)
+    run: _Run = programs.together(arrays, static)
     evaluate = functools.partial(_evaluate, run, inputs)
     chunk, rest = _chunked((keys, _indices(run.posterior, len(keys)), stats), run.chunk_size)
     if reduction is None:
@@ -504,21 +486,6 @@ def _centre(state: SWAGState, like: Any) -> Any:
     return from_noise(state, jax.tree.map(jnp.zeros_like, state.mean), z2, like=like)
 
 
-def unjit(function: Any) -> Any:
-    """Return what ``jax.jit`` wraps: a trace in its cache would hide the layers from a look.
-
-    Example:
-      >>> import jax
-      >>> from swagjax.averaging import unjit
-      >>> unjit(jax.jit(len)) is len
-      True
-    """
-    jitted: Any = type(jax.jit(len))
-    while isinstance(function, jitted):
-        function = function.__wrapped__
-    return function
-
-
 def _mirror(mean: jax.Array, theta: jax.Array) -> jax.Array:
     return (2 * widen(mean) - widen(theta)).astype(theta.dtype)
 
@@ -532,10 +499,6 @@ def _draw(posterior: Any, key: jax.Array, index: Any) -> Any:
 def _statistics(params: Any, inputs: Any, stats: Any) -> Any:
     del params, inputs
     return stats
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)
 
 
 def _is_leaf(node: Any) -> bool:

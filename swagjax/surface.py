@@ -29,8 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swagjax import prng
-from swagjax.averaging import unjit
+from swagjax import prng, programs
 from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
 from swagjax.gaussian import (
     Centering,
@@ -435,7 +434,7 @@ def evaluate(
         raise ValueError(f"at holds arrays of shapes {sorted(shapes)}: give one shape, not empty")
     if refresh is None:
         refuse_closure(fn)
-    return _compiled(_Evaluation(chunk_size), (unjit(fn), path, refresh), at, data)
+    return _compiled(_Evaluation(chunk_size), (programs.unjit(fn), path, refresh), at, data)
 
 
 def project(
@@ -658,13 +657,6 @@ def connect(
     return (points[0], *trained, points[-1]), losses
 
 
-class _Static(NamedTuple):
-    """What of a tree is no array: its structure, and in their places the other leaves, typed."""
-
-    treedef: Any
-    leaves: tuple[Any, ...]
-
-
 class _Evaluation(NamedTuple):
     """The program of ``evaluate``."""
 
@@ -714,24 +706,13 @@ def _train(functions: Any, key: jax.Array, points: tuple[Any, ...], batches: Any
 
 def _compiled(run: Any, functions: Any, *args: Any) -> Any:
     """``run(functions, *args)`` in a program; arrays that the functions hold are arguments too."""
-    leaves, treedef = jax.tree.flatten(functions)
-    arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
-    # With its type: 1, 1.0 and True are equal, and would share a program.
-    others = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-    try:
-        hash((treedef, others))
-    except TypeError as error:
-        raise ValueError(
-            f"a function holds what can be neither traced nor compiled in ({error}): give "
-            "functions, or pytrees of arrays and hashable values"
-        ) from error
-    return _program(arrays, args, _Static(treedef, others), run)
+    arrays, static = programs.separate(functions, "a function")
+    return _program(arrays, args, static, run)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _program(arrays: list[Any], args: tuple[Any, ...], static: _Static, run: Any) -> Any:
-    merged = [a if o is None else o[1] for a, o in zip(arrays, static.leaves, strict=True)]
-    return run(jax.tree.unflatten(static.treedef, merged), *args)
+def _program(arrays: list[Any], args: tuple[Any, ...], static: programs.Static, run: Any) -> Any:
+    return run(programs.together(arrays, static), *args)
 
 
 @jax.jit
@@ -1048,7 +1029,3 @@ def _check_trajectory(trajectory: Any) -> int:
 def _check_independent(independent: jax.Array, message: str) -> None:
     if not isinstance(independent, jax.core.Tracer) and not np.asarray(independent).all():
         raise ValueError(message)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)
