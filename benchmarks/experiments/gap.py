@@ -98,14 +98,17 @@ def gap(chosen: Gap) -> None:
     import jax  # here, as all that is heavy: --help needs none of it
     from rich.console import Console
 
-    from benchmarks import report
+    from benchmarks import progress, report
 
     _check(chosen)
     train, validation, held_out, grid = problem(chosen)
     keys = iter(jax.random.split(jax.random.key(chosen.seed), 5))
-    nuts, about_nuts = _timed(_nuts, next(keys), train, chosen)
-    vi, about_vi = _timed(_vi, next(keys), train, chosen)
-    (swag, multiswag), about_swag = _timed(_swag, next(keys), train, validation, chosen)
+    with progress.bar("NUTS", 3, "methods") as show:
+        nuts, about_nuts = _timed(_nuts, next(keys), train, chosen)
+        show("mean-field VI", 1)
+        vi, about_vi = _timed(_vi, next(keys), train, chosen)
+        show("SWAG and MultiSWAG", 2)
+        (swag, multiswag), about_swag = _timed(_swag, next(keys), train, validation, chosen)
     posteriors = {"NUTS": [nuts], "Mean-field VI": [vi], "SWAG": swag, "MultiSWAG": [multiswag]}
     about = {"NUTS": about_nuts, "Mean-field VI": about_vi, "SWAG": about_swag}
     key, x = next(keys), np.concatenate([grid, held_out.x])

@@ -74,18 +74,23 @@ def surface(chosen: Surface) -> None:
     """Train, evaluate, print the figures, write the JSON and the pictures."""
     import rich  # here, as all that is heavy: --help needs none of it
 
-    from benchmarks import report
+    from benchmarks import progress, report
 
     begun = time.perf_counter()
     setting = _Setting(chosen)
-    start, first = setting.solve(chosen.seed)
-    second = setting.solve(chosen.seed + 1)[1]
-    averaged = setting.average(chosen.seed, start)
-    first = {"start": start, "SGD": first, **averaged}
-    about_plane, plane_values = _plane(setting, first)
-    about_width, profiles = _width(setting, first)
-    about_curves, curves = _curves(setting, first["SGD"], second)
-    results = setting.at({name: first[name] for name in ("start", "SGD", "SWA")})
+    with progress.bar("training SGD", 6, "parts") as show:
+        start, first = setting.solve(chosen.seed)
+        show("training the second solution", 1)
+        second = setting.solve(chosen.seed + 1)[1]
+        show("training SWA", 2)
+        first = {"start": start, "SGD": first, **setting.average(chosen.seed, start)}
+        show("the plane", 3)
+        about_plane, plane_values = _plane(setting, first)
+        show("the width", 4)
+        about_width, profiles = _width(setting, first)
+        show("the curves", 5)
+        about_curves, curves = _curves(setting, first["SGD"], second)
+        results = setting.at({name: first[name] for name in ("start", "SGD", "SWA")})
     folder = _folder(chosen)
     record = report.record(
         {name: {metric: [v] for metric, v in of.items()} for name, of in results.items()},
