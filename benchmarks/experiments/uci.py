@@ -43,6 +43,11 @@ MANY = {
     "weight_decay": (1e-6, 1e-5, 1e-4, 1e-3),
     "dropout": (0.005, 0.01, 0.05, 0.1),
 }
+AXES = {
+    "RMSE": "RMSE, in units of the target",
+    "NLL": "NLL of a row, nats",
+    "standardised NLL": "NLL of a row, nats, of standardised targets",
+}
 LEVEL = 0.05  # of the paired tests, which are corrected for the overlap of the splits
 TESTED = ("RMSE", "NLL", "CRPS")
 COMPARED = ("SGD", "SGD constant", "SWA")  # with SWAG, by a paired test
@@ -366,7 +371,7 @@ def _draw(path: Path, content: dict[str, Any]) -> None:
     labels = [*results, *(row["label"] for row in published)]
     height = 1.2 + 0.3 * len(labels)
     figure, axes = plt.subplots(1, 2, figsize=(10, height), layout="constrained", sharey=True)
-    metrics = [name for name in content["shown"] if name in ("RMSE", "NLL", "standardised NLL")]
+    metrics = [name for name in content["shown"] if name in AXES]
     for ax, metric in zip(axes, metrics, strict=True):
         of = [values[metric] for values in results.values()]
         errors = [value["standard_error"] or 0 for value in of]
@@ -377,11 +382,12 @@ def _draw(path: Path, content: dict[str, Any]) -> None:
         known = [pair for pair in known if pair[0] is not None]
         if known:
             ax.plot(*zip(*known, strict=True), "D", color="#D55E00", markerfacecolor="none")
-        ax.set(xlabel=f"{metric} (less is better)", yticks=range(len(labels)), yticklabels=labels)
+        ax.set(xlabel=AXES[metric], yticks=range(len(labels)), yticklabels=labels)
+        ax.locator_params(axis="x", nbins=6)  # of more, long labels meet
         ax.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
     star = "; * published" if published else ""
-    figure.suptitle(f"{path.parent.name}: mean ± standard error over splits{star}")
+    figure.suptitle(f"{path.parent.name}: mean ± standard error over splits, less is better{star}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
