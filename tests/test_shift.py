@@ -8,6 +8,7 @@ import typing
 import jax
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from scipy import special, stats
 from sklearn import metrics as sklearn_metrics
 
@@ -128,6 +129,15 @@ def test_means_over_corruptions_are_by_severity():
     assert list(single) == ["blur", "noise"]
     np.testing.assert_array_equal(single["noise"]["SWAG"]["NLL"], [[0, 11, 12, 13, 14, 15]])
     np.testing.assert_array_equal(single["blur"]["SWAG"]["NLL"], [[0, 1, 2, 3, 4, 5]])
+
+
+def test_the_title_says_what_was_corrupted():
+    conditions = [("none", 0), *(("blur", s) for s in range(1, 6))]
+    scores = {"SWAG": dict.fromkeys(shift.METRICS, np.ones((2, 6)))}
+    figure = shift._figure(plt, "digits, convnet", scores, ("SWAG",), conditions)
+    assert figure.get_suptitle().startswith("digits, convnet, test images corrupted")
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["mean", "blur"]
+    plt.close(figure)
 
 
 def test_an_image_is_drawn_from_black_to_white_of_the_data():

@@ -253,11 +253,11 @@ def _figure(plt: Any, title: str, scores: Scores, names: tuple[str, ...], condit
         sharey="row",
         squeeze=False,
     )
-    for column, (title, of_column) in zip(axes.T, columns.items(), strict=True):
+    for column, (kind, of_column) in zip(axes.T, columns.items(), strict=True):
         for ax, metric in zip(column, METRICS, strict=True):
             for name, of in of_column.items():
                 _curve(ax, of[metric], name, STYLES[names.index(name)])
-        column[0].set_title(title)
+        column[0].set_title(kind)
         column[-1].set(xlabel="severity", xticks=range(6))
     for ax, label in zip(axes[:, 0], ("accuracy", "NLL (nats)", "ECE"), strict=True):
         ax.set_ylabel(label)
