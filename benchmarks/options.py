@@ -14,8 +14,16 @@ ByDataset = Annotated[V, tyro.conf.arg(help_behavior_hint="(default: by data set
 ByModel = Annotated[V, tyro.conf.arg(help_behavior_hint="(default: by model)")]
 
 
+NEUTRAL = {"name", "data_dir", "results", "resume"}  # options of no influence on the numbers
+
+
 class UsageError(Exception):
     """Something that the user can put right: shown as one line, without a traceback."""
+
+
+def identity(chosen: Any) -> dict[str, Any]:
+    """The options that determine the numbers."""
+    return {k: v for k, v in dataclasses.asdict(chosen).items() if k not in NEUTRAL}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -534,9 +534,7 @@ def _sweep(chosen: ConstantSgd, of: Problem, stage: Stage) -> list[dict[str, flo
 
 def _identity(chosen: ConstantSgd, dataset: Any) -> dict[str, Any]:
     """The options that determine the numbers of one data set."""
-    neutral = {"results", "data_dir", "name", "resume"}
-    kept = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in neutral}
-    return kept | {"dataset": dataset.name}
+    return options.identity(chosen) | {"dataset": dataset.name}
 
 
 def _context(chosen: ConstantSgd, of: Problem, dataset: Any) -> dict[str, Any]:

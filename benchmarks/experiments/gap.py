@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.options import UsageError
+from benchmarks.options import UsageError, identity
 
 NOISE = 0.1  # standard deviation of the observations, known to all methods
 GAIN = 4.0  # of the hidden units: how fast functions of the prior change with x
@@ -125,8 +125,8 @@ def gap(chosen: Gap) -> None:
     console = Console(width=max(WIDTH, Console().width))
     console.print(_title(about_nuts, about_swag), report.table(shown), sep="\n")
     folder = chosen.results / "gap"
-    options = {k: v for k, v in dataclasses.asdict(chosen).items() if k != "results"}
-    record = report.record(results, experiment="gap", options=options, noise=NOISE, methods=about)
+    settings = identity(chosen)
+    record = report.record(results, experiment="gap", options=settings, noise=NOISE, methods=about)
     report.write_json(folder / "results.json", record)
     _draw(folder / "bands.png", train, grid, {name: of[0] for name, of in bands.items()})
     print(f"results.json and bands.png are in {folder}")

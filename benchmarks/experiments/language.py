@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from benchmarks.options import UsageError
+from benchmarks.options import UsageError, identity
 
 WARMUP = 100  # steps in which the learning rate rises from zero
 CHUNK = 50  # steps between two movements of the progress bar
@@ -109,8 +109,8 @@ def language(chosen: Language) -> None:
     _check(chosen)
     content = read(chosen.text)
     parts, folder = split(content, chosen.length), _folder(chosen)
-    identity = _identity(chosen) | {"crc32 of the text": zlib.crc32(content)}
-    of_seeds = _run(chosen, parts, open_stages(folder / "stages", identity, chosen.resume))
+    settings = identity(chosen) | {"text": _name(chosen), "crc32 of the text": zlib.crc32(content)}
+    of_seeds = _run(chosen, parts, open_stages(folder / "stages", settings, chosen.resume))
     results = {name: _together([of[name]["scores"] for of in of_seeds]) for name in METHODS}
     bins = {name: _mean([of[name]["reliability"] for of in of_seeds]) for name in METHODS}
     rich.print(_title(chosen, parts), report.table(results), sep="\n")
@@ -118,7 +118,7 @@ def language(chosen: Language) -> None:
         results,
         experiment="language",
         evaluated_on=chosen.evaluate,
-        options=identity,
+        options=settings,
         bytes={name: len(part) for name, part in parts._asdict().items()},
         reliability=bins,
     )
@@ -368,13 +368,6 @@ def _folder(chosen: Language) -> Path:
     """Where results go; those on held-out text never overwrite those on test text."""
     name = _name(chosen) + ("" if chosen.evaluate == "test" else f"-{chosen.evaluate}")
     return chosen.results / "language" / name
-
-
-def _identity(chosen: Language) -> dict[str, Any]:
-    """The options that determine the numbers."""
-    neutral = {"results", "resume"}
-    options = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in neutral}
-    return options | {"text": _name(chosen)}
 
 
 def _draw(path: Path, bins: dict[str, dict[str, list[float]]]) -> None:

@@ -513,9 +513,7 @@ def _record(
 
 def _identity(chosen: Subspace, dataset: Any) -> dict[str, Any]:
     """The options that determine the numbers of one data set."""
-    neutral = {"name", "data_dir", "results", "resume"}
-    kept = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in neutral}
-    return kept | {"dataset": dataset.name}
+    return options.identity(chosen) | {"dataset": dataset.name}
 
 
 def _scores(means: np.ndarray, variances: np.ndarray, parts: Any) -> dict[str, list[float]]:

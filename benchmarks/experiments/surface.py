@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.options import UsageError
+from benchmarks.options import UsageError, identity
 
 NOISE = 0.3  # standard deviation of the noise of augmentation; images have standard deviation 1
 RISE = 0.1  # nats of train loss above the centre's: there an optimum ends
@@ -96,7 +96,7 @@ def surface(chosen: Surface) -> None:
         {name: {metric: [v] for metric, v in of.items()} for name, of in results.items()},
         experiment="surface",
         evaluated_on=chosen.evaluate,
-        options=_identity(chosen),
+        options=identity(chosen),
         plane=about_plane,
         width=about_width,
         curves=about_curves,
@@ -420,12 +420,6 @@ def _folder(chosen: Surface) -> Path:
     name = re.sub(r"[^\w.-]+", "-", chosen.dataset)
     name += "" if chosen.evaluate == "test" else f"-{chosen.evaluate}"
     return chosen.results / "surface" / name
-
-
-def _identity(chosen: Surface) -> dict[str, Any]:
-    """The options that determine the numbers."""
-    neutral = {"data_dir", "results"}
-    return {k: v for k, v in dataclasses.asdict(chosen).items() if k not in neutral}
 
 
 def _summary(results: Any, plane: Any, widths: Any, curves: Any) -> list[Any]:

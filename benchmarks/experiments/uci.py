@@ -183,9 +183,7 @@ def _folder(chosen: Uci, name: str) -> str:
 
 def _identity(chosen: Uci, dataset: Any) -> dict[str, Any]:
     """The options that determine the numbers of one data set."""
-    neutral = {"name", "data_dir", "results", "resume"}
-    kept = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in neutral}
-    return kept | {"methods": _methods(chosen)} | {"dataset": dataset.name}
+    return options.identity(chosen) | {"methods": _methods(chosen), "dataset": dataset.name}
 
 
 def _methods(chosen: Uci) -> list[str]:
