@@ -12,7 +12,7 @@ from swagjax.transform import SWAGState, check_single, wide_dtype, widen
 def merge(first: SWAGState, second: SWAGState) -> SWAGState:
     """The state of a run that collected the iterates of ``first`` and then those of ``second``.
 
-    For two halves of a run, or runs on two hosts. With n and m iterates, D their deviations:
+    For two parts of a run, or two runs from one point. With n and m iterates, D their deviations:
 
         mean     = (n mean_1 + m mean_2) / (n + m)
         variance = (n variance_1 + m variance_2) / (n + m) + n m / (n + m)^2 (mean_2 - mean_1)^2
