@@ -18,3 +18,4 @@ def bar(label: str, total: int, unit: str) -> Iterator[Show]:
     with Progress(*columns, console=Console(stderr=True)) as shown:
         task = shown.add_task(label, total=total)
         yield lambda text, done: shown.update(task, description=text, completed=done)
+        shown.update(task, completed=total)

@@ -449,6 +449,14 @@ def test_swag_is_called_better_only_where_it_is_shown(test, said):
 # stages
 
 
+def test_a_bar_says_which_stage_is_at_work_and_ends_full(capsys):
+    with stages.with_bar(lambda name, compute: compute(), 2) as stage:
+        assert [stage(name, lambda: 7) for name in ("first", "second")] == [7, 7]
+    said = capsys.readouterr().err
+    assert "second" in said
+    assert "2/2 runs" in said
+
+
 def test_stages_are_remembered_when_resumed_and_only_then(tmp_path):
     stage = stages.open_stages(tmp_path, {"a": (1,)}, resume=False)
     assert stage("x", lambda: [1.5]) == [1.5]

@@ -170,8 +170,8 @@ def _compare(chosen: ConstantSgd, dataset: Any) -> None:
     kept = stages.open_stages(folder / "stages", _identity(chosen, dataset), chosen.resume)
     splits = range(min(chosen.splits, len(dataset.splits)))
     problems = [problem(chosen, dataset, split) for split in splits]
-    first, runs = problems[0], {SOURCES.get(name, name) for name in _methods(chosen)}
-    with stages.with_bar(kept, len(splits) * len(runs) + len(chosen.sweep)) as stage:
+    first, total = problems[0], len(splits) * len(_methods(chosen)) + len(chosen.sweep)
+    with stages.with_bar(kept, total) as stage:
         sampled = [_sampled(chosen, p, stage, split) for split, p in enumerate(problems)]
         swept = _sweep(chosen, first, stage)
     scored = [_scores(p, of) for p, of in zip(problems, sampled, strict=True)]
