@@ -106,7 +106,8 @@ def restore_latest(folder: str | os.PathLike[str], target: Any) -> tuple[int, An
       ...             updates, opt_state = tx.update(grads, opt_state, params)
       ...             params = optax.apply_updates(params, updates)
       ...             checkpoint.save(manager, step + 1, (params, opt_state, key))
-      ...     print(f"steps {first} to {steps}, collected {swagjax.get_state(opt_state).count}")
+      ...     collected = swagjax.get_state(opt_state).num_collected
+      ...     print(f"steps {first} to {steps}, collected {collected}")
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     train(folder, 3)
       ...     train(folder, 5)

@@ -321,8 +321,8 @@ def iterate_average(window: int) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates: optax.Updates, state: Any, params: Any = None, **extra: Any) -> Any:
         if isinstance(state, SWAGState):  # any other is refused by swa
-            count = jnp.where(state.step % window == 0, 0, state.count)
-            state = state._replace(count=count)
+            count = jnp.where(state.num_updates % window == 0, 0, state.num_collected)
+            state = state._replace(num_collected=count)
         return inner.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)

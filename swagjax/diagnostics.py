@@ -136,8 +136,10 @@ def check_iterate(opt_state: Any, params: optax.Params) -> None:
       in the optax.chain, ...
     """
     state = get_state(opt_state)
-    if isinstance(state.count, jax.core.Tracer):
-        raise ValueError(f"opt_state is traced, {state.count}: call check_iterate outside jit")
+    if isinstance(state.num_collected, jax.core.Tracer):
+        raise ValueError(
+            f"opt_state is traced, {state.num_collected}: call check_iterate outside jit"
+        )
     check_single(state)
     deviation = jax.tree.leaves(_newest_deviation(state))
     paths = jax.tree.leaves_with_path(restrict(state.mean, params, "params"))
@@ -146,7 +148,7 @@ def check_iterate(opt_state: Any, params: optax.Params) -> None:
         where = f"params{jax.tree_util.keystr(path)}"
         if not jnp.isfinite(leaf).all():
             raise ValueError(
-                f"{where} is not finite: such an iterate is never collected, see state.skipped"
+                f"{where} is not finite: such an iterate is never collected, see state.num_skipped"
             )
         error = jnp.abs(widen(m) + widen(d) - leaf)
         if not (error <= _rounding(m, d)).all():  # so that NaN is an error too
@@ -322,14 +324,14 @@ def captured_variance(state: SWAGState) -> CapturedVariance:
 
 
 def _newest_deviation(state: SWAGState) -> Any:
-    count = int(state.count)
+    count = int(state.num_collected)
     if count and state.deviations is not None:
         return jax.tree.map(lambda ring: ring[(count - 1) % len(ring)], state.deviations)
     if count == 1:
         return jax.tree.map(jnp.zeros_like, state.mean)
     raise ValueError(
-        f"count={count}: the iterate collected last is not known; call check_iterate after a step "
-        "that collected, and without deviations (swa, swag_diag) after the first such step"
+        f"num_collected={count}: the iterate collected last is not known; call check_iterate after "
+        "a step that collected, and without deviations (swa, swag_diag) after the first such step"
     )
 
 
@@ -362,17 +364,17 @@ def _check(state: SWAGState) -> None:
             f"rank={len(ring[0])}: nothing can be told of fewer than {_LEAST} iterates; collect "
             "with a larger rank, swagjax.swag(rank=20)"
         )
-    if not isinstance(state.count, jax.core.Tracer) and int(state.count) < _LEAST:
+    if not isinstance(state.num_collected, jax.core.Tracer) and int(state.num_collected) < _LEAST:
         raise ValueError(
-            f"count={state.count}: nothing can be told of fewer than {_LEAST} iterates; train on, "
-            "or collect from an earlier `start` or by a smaller `every`"
+            f"num_collected={state.num_collected}: nothing can be told of fewer than {_LEAST} "
+            "iterates; train on, or collect from an earlier `start` or by a smaller `every`"
         )
 
 
 @jax.jit
 def _drift(state: SWAGState) -> Drift:
     gram, h = _gram(state)
-    n, time = state.count.astype(h.dtype), jnp.arange(len(gram), dtype=h.dtype)
+    n, time = state.num_collected.astype(h.dtype), jnp.arange(len(gram), dtype=h.dtype)
     held = (time < h).astype(h.dtype)
     # Less its mean over all orders, C / (h - 1) with C the centring matrix: nothing cancels below.
     centring = jnp.diag(held) - held[:, None] * held[None, :] / h
@@ -411,7 +413,7 @@ def _order_variance(excess: jax.Array, c: jax.Array, n: jax.Array) -> jax.Array:
 @jax.jit
 def _effective_count(state: SWAGState) -> EffectiveCount:
     gram, h = _gram(state)
-    n, rank = state.count.astype(h.dtype), len(gram)
+    n, rank = state.num_collected.astype(h.dtype), len(gram)
     lag = jnp.arange(rank, dtype=h.dtype)
     sums = jnp.stack([jnp.trace(gram, offset) for offset in range(rank)])
     g = jnp.where(lag < h, sums / jnp.maximum(h - lag, 1), jnp.nan)
@@ -456,11 +458,11 @@ def _gram(state: SWAGState) -> tuple[jax.Array, jax.Array]:
     Both are NaN where there are fewer than can be read.
     """
     rank, dtype = len(jax.tree.leaves(state.deviations)[0]), noise_dtype(state)
-    number = collected(state.count, rank)
-    centred = recentring(state.count, rank, dtype) - _held_mean(state)[None, :]
+    number = collected(state.num_collected, rank)
+    centred = recentring(state.num_collected, rank, dtype) - _held_mean(state)[None, :]
     # Rows not yet written come last. They stay zero: until all are, the two means are the same.
     order = jnp.argsort(jnp.where(number > 0, number, jnp.iinfo(number.dtype).max))
-    held = jnp.minimum(state.count, rank)
+    held = jnp.minimum(state.num_collected, rank)
     h = jnp.where(held >= _LEAST, held.astype(dtype), jnp.nan)
     return jnp.where(jnp.isnan(h), jnp.nan, row_products(_rings(state), centred[order])), h
 
@@ -468,9 +470,9 @@ def _gram(state: SWAGState) -> tuple[jax.Array, jax.Array]:
 def _held_mean(state: SWAGState) -> jax.Array:
     """Weights of the rows of the ring, (K,), that make the held iterates' mean less theta_SWA."""
     rank, dtype = len(jax.tree.leaves(state.deviations)[0]), noise_dtype(state)
-    held = collected(state.count, rank) > 0
+    held = collected(state.num_collected, rank) > 0
     average = held.astype(dtype) / jnp.maximum(jnp.sum(held), 1).astype(dtype)
-    return contract(average, recentring(state.count, rank, dtype))
+    return contract(average, recentring(state.num_collected, rank, dtype))
 
 
 def _rings(state: SWAGState) -> list[jax.Array]:

@@ -50,9 +50,10 @@ class Mixture(NamedTuple):
     like it, to be saved, sharded and passed to compiled functions.
 
     Attributes:
-      step: int32, shape (M,).
-      count: int32, shape (M,), iterates collected by each member; M is ``len(mixture.count)``.
-      skipped: int32, shape (M,).
+      num_updates: int32, shape (M,).
+      num_collected: int32, shape (M,), iterates collected by each member; M is its
+        length.
+      num_skipped: int32, shape (M,).
       mean: a tree with leaves of shape ``(M, *leaf.shape)``.
       variance: likewise; ``None`` for members of ``swa``.
       deviations: a tree with leaves of shape ``(M, rank, *leaf.shape)``; ``None`` for members of
@@ -64,13 +65,13 @@ class Mixture(NamedTuple):
       >>> tx, zero = swagjax.swa(), jnp.zeros(3)
       >>> _, state = tx.update(zero, tx.init(zero), zero)
       >>> mixture = ensemble.mix([state, state])
-      >>> print(type(mixture).__name__, mixture.count, mixture.mean.shape)
+      >>> print(type(mixture).__name__, mixture.num_collected, mixture.mean.shape)
       Mixture [1 1] (2, 3)
     """
 
-    step: jax.Array
-    count: Any  # a jax.Array; annotated so, it would clash with tuple.count
-    skipped: jax.Array
+    num_updates: jax.Array
+    num_collected: jax.Array
+    num_skipped: jax.Array
     mean: Any
     variance: Any
     deviations: Any
@@ -125,7 +126,7 @@ def mix(states: SWAGState | Sequence[SWAGState]) -> Mixture:
       >>> update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
       >>> updates, opt_state = update(jnp.ones((3, 2)), opt_state, params)
       >>> side_by_side = ensemble.mix(swagjax.get_state(opt_state))
-      >>> print(side_by_side.count, side_by_side.deviations.shape)
+      >>> print(side_by_side.num_collected, side_by_side.deviations.shape)
       [1 1 1] (3, 2, 2)
       >>> def alone(params):
       ...     return swagjax.get_state(tx.update(jnp.ones(2), tx.init(params), params)[1])
@@ -165,7 +166,7 @@ def member(mixture: Mixture, index: chex.Numeric) -> SWAGState:
       [2.]
     """
     _check(mixture)
-    size = len(mixture.count)
+    size = len(mixture.num_collected)
     if not isinstance(index, jax.core.Tracer) and check_integer("index", index, 0) >= size:
         raise ValueError(f"index={index}: the mixture has members 0 to {size - 1}")
     return _member(mixture, index)
@@ -210,7 +211,8 @@ def sample(
       [1. 2.] 1.5
     """
     _check(mixture)
-    none = SWAGState(mixture.step, 1, mixture.skipped, (), None, None)  # for errors of options
+    one = jnp.int32(1)
+    none = SWAGState(mixture.num_updates, one, mixture.num_skipped, (), None, None)  # for errors
     posterior.variance(none, scale=scale, centering=centering, min_variance=min_variance)
     return _sample(prng.one_key(key), mixture, like, scale, min_variance, centering=centering)
 
@@ -229,7 +231,7 @@ def size(posterior: Mixture | Points) -> int:
     """
     if not isinstance(posterior, Points):
         _check(posterior)
-        return len(posterior.count)
+        return len(posterior.num_collected)
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(posterior.params)}
     if len(lengths) != 1 or not all(lengths) or (0,) in lengths:
         found = ", ".join(sorted({str(jnp.shape(x)) for x in jax.tree.leaves(posterior.params)}))
@@ -367,7 +369,7 @@ def _sample(
     centering: Centering,
 ) -> Any:
     key_index, key = jax.random.split(key)
-    index = jax.random.randint(key_index, (), 0, len(mixture.count))
+    index = jax.random.randint(key_index, (), 0, len(mixture.num_collected))
     return _sample_of(key, mixture, index, like, scale, min_variance, centering=centering)
 
 
@@ -438,7 +440,7 @@ def _at(x: jax.Array, index: chex.Numeric) -> jax.Array:
 
 def _of_each(mixture: Mixture, function: Callable[[SWAGState], Any]) -> Any:
     """What a function gives for each member, stacked; a single one as if it were alone."""
-    if len(mixture.count) == 1:
+    if len(mixture.num_collected) == 1:
         return jax.tree.map(lambda x: x[None], function(_member(mixture, 0)))
     return jax.vmap(function)(SWAGState(*mixture))
 
@@ -448,17 +450,17 @@ def _average(tree: Any) -> Any:
 
 
 def _of_stacked(state: SWAGState) -> Mixture:
-    shape = jnp.shape(state.count)
-    if isinstance(state.count, jax.ShapeDtypeStruct):
+    shape = jnp.shape(state.num_collected)
+    if isinstance(state.num_collected, jax.ShapeDtypeStruct):
         check_single(state)  # raises
     if len(shape) != 1:
         raise ValueError(
-            f"states is one state with count={state.count}: give a list of states, mix([state]) "
-            "for a single one, or a state with one axis of members"
+            f"states is one state with num_collected={state.num_collected}: give a list of "
+            "states, mix([state]) for a single one, or a state with one axis of members"
         )
     if not shape[0]:
         raise ValueError("states is a state of no members: a mixture has at least one")
-    state = state._replace(step=jnp.broadcast_to(state.step, shape))
+    state = state._replace(num_updates=jnp.broadcast_to(state.num_updates, shape))
     for path, leaf in jax.tree.leaves_with_path(state):
         if jnp.shape(leaf)[:1] != shape:
             raise ValueError(
@@ -510,12 +512,13 @@ def _check(mixture: Any) -> None:
         raise ValueError(
             f"mixture is a {type(mixture).__name__}: give what swagjax.ensemble.mix(states) made"
         )
-    if not _is_known(mixture.count) or np.all(np.asarray(mixture.count) > 0):
+    if not _is_known(mixture.num_collected) or np.all(np.asarray(mixture.num_collected) > 0):
         return
     raise ValueError(
-        f"the members {np.flatnonzero(np.asarray(mixture.count) == 0)} have collected no iterate "
-        f"(count={mixture.count} after step={mixture.step}, skipped={mixture.skipped} that were "
-        "not finite): train them past `start`, or leave them out"
+        f"the members {np.flatnonzero(np.asarray(mixture.num_collected) == 0)} have collected no "
+        f"iterate (num_collected={mixture.num_collected} after num_updates={mixture.num_updates}, "
+        f"num_skipped={mixture.num_skipped} that were not finite): "
+        "train them past `start`, or leave them out"
     )
 
 

@@ -77,7 +77,7 @@ def gaussian(
         mean=[widen(leaf) for leaf in jax.tree.leaves(state.mean)],
         variance=[scaled(leaf) for leaf in jax.tree.leaves(kept)],
         ring=ring,
-        mixing=_mixing(state.count, rank, noise_dtype(state), scale, centering),
+        mixing=_mixing(state.num_collected, rank, noise_dtype(state), scale, centering),
     )
 
 
@@ -90,7 +90,7 @@ def known(state: SWAGState, x: jax.Array) -> jax.Array:
       >>> print(known(swagjax.swa().init(jnp.zeros(2)), jnp.zeros(2)))
       [nan nan]
     """
-    return jnp.where(state.count > 0, x, jnp.asarray(jnp.nan, x.dtype))
+    return jnp.where(state.num_collected > 0, x, jnp.asarray(jnp.nan, x.dtype))
 
 
 def noise_dtype(state: SWAGState) -> Any:

@@ -36,7 +36,8 @@ _Spec = tuple[str, tuple[int, ...]]  # dtype in the code of safetensors, and sha
 _FORMAT = "1"
 _OWN = "swagjax."  # how the keys of our own metadata begin
 _HOLE = _OWN + "hole/"
-_COUNTERS = ("step", "count", "skipped")
+# What a file calls the counters, and the fields that hold them.
+_COUNTERS = {"step": "num_updates", "count": "num_collected", "skipped": "num_skipped"}
 _FIELDS = ("mean", "variance", "deviations")
 _FLOATS = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
 _CODES = {np.dtype(dtype): code for code, dtype in _FLOATS.items()} | {np.dtype("int32"): "I32"}
@@ -72,12 +73,12 @@ def save(path: _StrPath, state: SWAGState, *, metadata: Mapping[str, str] | None
       ...     path = pathlib.Path(folder) / "posterior.safetensors"
       ...     io.save(path, state, metadata={"model": "a line"})
       ...     loaded = io.load(path, params)
-      ...     print(loaded.count, loaded.mean, io.read_metadata(path))
+      ...     print(loaded.num_collected, loaded.mean, io.read_metadata(path))
       1 {'w': Array([3.], dtype=float32)} {'model': 'a line'}
     """
     state = get_state(state)
     fields = [field for field in _FIELDS if getattr(state, field) is not None]
-    tensors = {name: _gather(name, getattr(state, name)) for name in _COUNTERS}
+    tensors = {name: _gather(name, getattr(state, field)) for name, field in _COUNTERS.items()}
     for field in fields:
         for name, leaf in _held(getattr(state, field)).items():
             tensors[_tensor(field, name)] = _gather(_tensor(field, name), leaf)
@@ -133,9 +134,7 @@ def load(path: _StrPath, like: Any) -> SWAGState:
     _check_counters(str(path), tensors)
     kept = {field: _rebuild(field, getattr(template, field), tensors) for field in fields}
     return SWAGState(
-        step=jnp.asarray(tensors["step"]),
-        count=jnp.asarray(tensors["count"]),
-        skipped=jnp.asarray(tensors["skipped"]),
+        **{field: jnp.asarray(tensors[name]) for name, field in _COUNTERS.items()},
         mean=kept["mean"],
         variance=kept.get("variance"),
         deviations=kept.get("deviations"),
@@ -176,7 +175,7 @@ def from_torch(
         mean       = w_mean
         variance   = max(w_sq_mean - w_mean^2, 0)     (in float64)
         deviations = rows of w_cov_mat_sqrt, in the order of the ring
-        count      = step = n_models,  skipped = 0
+        num_collected = num_updates = n_models,  num_skipped = 0
 
     Their second moment is not centred: a float32 checkpoint knows the variance of a weight to about
     1e-7 times the square of that weight. Their ``scale=0.5`` is ``scale=1.0`` here. Their low-rank
@@ -221,7 +220,7 @@ def from_torch(
       ... }
       >>> params = {"Dense_0": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
       >>> state = io.from_torch(arrays, params, io.flax_names({"Dense_0": "base.fc"}))
-      >>> print(state.count, state.variance["Dense_0"]["kernel"].ravel())
+      >>> print(state.num_collected, state.variance["Dense_0"]["kernel"].ravel())
       2 [1. 1. 1. 1. 1. 1.]
       >>> swagjax.sample(jax.random.key(0), state)["Dense_0"]["kernel"].shape
       (3, 2)
@@ -245,9 +244,9 @@ def from_torch(
         for field, array in _moments(arrays, key, source).items():
             tensors[_tensor(field, path)] = array[..., order].astype(held[path].dtype)
     return SWAGState(
-        step=jnp.asarray(count, jnp.int32),
-        count=jnp.asarray(count, jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
+        num_updates=jnp.asarray(count, jnp.int32),
+        num_collected=jnp.asarray(count, jnp.int32),
+        num_skipped=jnp.zeros((), jnp.int32),
         mean=_rebuild("mean", template.mean, tensors),
         variance=_rebuild("variance", template.variance, tensors),
         deviations=_rebuild("deviations", template.deviations, tensors) if has_ring else None,

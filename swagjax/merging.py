@@ -21,8 +21,7 @@ def merge(first: SWAGState, second: SWAGState) -> SWAGState:
     Both rings are recentred, to the means of their own states and from there to the union's, so
     that both centrings of the posterior stay exact and collecting can go on. Where ``second``
     holds K deviations of its own, the ring of the union is made of those alone: the order of the
-    arguments matters to the ring, and to nothing else. ``step``, ``count`` and ``skipped`` are
-    added up.
+    arguments matters to the ring, and to nothing else. The counters are added up.
 
     Args:
       first: a state of ``swag``, ``swag_diag`` or ``swa``.
@@ -43,8 +42,10 @@ def merge(first: SWAGState, second: SWAGState) -> SWAGState:
       ...         _, state = tx.update(jnp.array([x]), state, params)
       ...     return state
       >>> merged = swagjax.merge(collect(0.0, 6.0), collect(6.0))
-      >>> print(merged.count, merged.mean, merged.variance, merged.deviations.ravel().round(4))
-      3 [4.] [8.] [2. 3.]
+      >>> print(merged.num_collected, merged.mean, merged.variance)
+      3 [4.] [8.]
+      >>> print(merged.deviations.ravel().round(4))
+      [2. 3.]
       >>> print(collect(0.0, 6.0, 6.0).deviations.ravel())
       [2. 3.]
 
@@ -58,7 +59,7 @@ def merge(first: SWAGState, second: SWAGState) -> SWAGState:
 
 @jax.jit
 def _merge(first: SWAGState, second: SWAGState) -> SWAGState:
-    count = first.count + second.count
+    count = first.num_collected + second.num_collected
 
     def mean(m: jax.Array, other: jax.Array) -> Any:
         a, b = widen(m), widen(other)
@@ -72,9 +73,9 @@ def _merge(first: SWAGState, second: SWAGState) -> SWAGState:
 
     shift = jax.tree.map(lambda a, b: widen(b) - widen(a), first.mean, second.mean)
     return SWAGState(
-        step=first.step + second.step,
-        count=count,
-        skipped=first.skipped + second.skipped,
+        num_updates=first.num_updates + second.num_updates,
+        num_collected=count,
+        num_skipped=first.num_skipped + second.num_skipped,
         mean=jax.tree.map(mean, first.mean, second.mean),
         variance=None
         if first.variance is None
@@ -95,7 +96,7 @@ def _merge_rings(first: SWAGState, second: SWAGState, shift: list[jax.Array]) ->
     if not rings:
         return first.deviations
     rank, dtype = len(rings[0]), wide_dtype(*[x.dtype for x in shift])
-    n, m = first.count, second.count
+    n, m = first.num_collected, second.num_collected
     number = collected(n + m, rank)
     is_first, is_second = (number > 0) & (number <= n), number > n
     # The j-th iterate of the second is number n + j of the union: its row moves on by n.
@@ -118,8 +119,8 @@ def _merge_rings(first: SWAGState, second: SWAGState, shift: list[jax.Array]) ->
 
 def _share(first: SWAGState, second: SWAGState, dtype: Any) -> jax.Array:
     """The share of the second state in all iterates."""
-    count = jnp.maximum(first.count + second.count, 1)
-    share: jax.Array = second.count.astype(dtype) / count.astype(dtype)
+    count = jnp.maximum(first.num_collected + second.num_collected, 1)
+    share: jax.Array = second.num_collected.astype(dtype) / count.astype(dtype)
     return share
 
 

@@ -72,7 +72,7 @@ def mean(state: SWAGState) -> Any:
       >>> swagjax.mean(tx.init(jnp.array([1.0])))
       Traceback (most recent call last):
       ...
-      ValueError: the state has collected no iterate (count=0 after step=0, skipped=0...
+      ValueError: the state has collected no iterate (num_collected=0 after num_updates=0...
     """
     check_collected(state)
     return jax.tree.map(lambda m: known(state, m), state.mean)
@@ -221,7 +221,7 @@ def iterates(state: SWAGState, *, like: Any = None) -> Any:
 
     Returns:
       A tree like the parameters, with leaves of shape ``(K, *leaf.shape)``, from the oldest to the
-      newest; K is the smaller of ``count`` and ``rank``. Inside ``jit``, where ``count`` is not
+      newest; K is the smaller of ``num_collected`` and ``rank``. Inside ``jit``, where it is not
       known, always ``rank`` of them, with NaN in place of those that were not collected.
 
     Raises:
@@ -246,7 +246,7 @@ def iterates(state: SWAGState, *, like: Any = None) -> Any:
             "the state holds no deviations, and its iterates cannot be told from their mean: "
             "collect by swagjax.swag(rank), with a rank of at least the number wanted"
         )
-    number = min(rank, int(state.count)) if _concrete(state.count) else rank
+    number = min(rank, int(state.num_collected)) if _concrete(state.num_collected) else rank
     thetas = _iterates(state, number)
     if like is None:
         return thetas
@@ -447,11 +447,12 @@ def check_collected(state: SWAGState) -> None:
             f"state is a {type(state).__name__}: give the SWAGState, swagjax.get_state(opt_state)"
         )
     check_single(state)
-    if _concrete(state.count) and int(state.count) == 0:  # int: never staged into a trace
+    # As an int, which is never staged into a trace.
+    if _concrete(state.num_collected) and int(state.num_collected) == 0:
         raise ValueError(
-            f"the state has collected no iterate (count={state.count} after step={state.step}, "
-            f"skipped={state.skipped} that were not finite): train past `start` until `every` or "
-            "`when` comes round"
+            f"the state has collected no iterate (num_collected={state.num_collected} after "
+            f"num_updates={state.num_updates}, num_skipped={state.num_skipped} that were not "
+            "finite): train past `start` until `every` or `when` comes round"
         )
 
 
@@ -523,10 +524,10 @@ def _from_noise(
 def _iterates(state: SWAGState, number: int) -> Any:
     rank = _rank(state)
     # Where the ring has gone round, its oldest row is the next to be overwritten.
-    oldest = jnp.where(state.count > rank, state.count % rank, 0)
-    order = jnp.arange(number, dtype=state.count.dtype)
-    weights = recentring(state.count, rank, noise_dtype(state))[(oldest + order) % rank]
-    held = order < state.count
+    oldest = jnp.where(state.num_collected > rank, state.num_collected % rank, 0)
+    order = jnp.arange(number, dtype=state.num_collected.dtype)
+    weights = recentring(state.num_collected, rank, noise_dtype(state))[(oldest + order) % rank]
+    held = order < state.num_collected
 
     def added(m: jax.Array, ring: jax.Array) -> jax.Array:
         theta = widen(m)[None] + contract(weights, widen(ring)).astype(widen(m).dtype)

@@ -89,7 +89,7 @@ def pca(state: SWAGState, dim: int, *, centering: Centering = "running") -> Subs
 
     Returns:
       The subspace; of every direction the largest coefficient of a deviation is positive. Inside
-      ``jit``, where ``count`` is not known, directions beyond what was collected are zero.
+      ``jit``, where ``num_collected`` is not known, directions beyond what was collected are zero.
 
     Raises:
       ValueError: for a state without deviations, or more directions than it has.
@@ -114,12 +114,12 @@ def pca(state: SWAGState, dim: int, *, centering: Centering = "running") -> Subs
     if not rings:
         raise ValueError("the state holds no deviations: collect by swagjax.swag(rank)")
     dim, most = check_integer("dim", dim, 1), len(rings[0])
-    if not isinstance(state.count, jax.core.Tracer):
-        most = min(most, int(state.count) - 1)
+    if not isinstance(state.num_collected, jax.core.Tracer):
+        most = min(most, int(state.num_collected) - 1)
     if dim > most:
         raise ValueError(
             f"dim={dim}: the state spans {most} directions (rank={len(rings[0])}, "
-            f"count={state.count}); collect more iterates, or give at most {most}"
+            f"num_collected={state.num_collected}); collect more iterates, or give at most {most}"
         )
     space: Subspace = _pca(state, dim, centering, pooling.whole(jax.tree.leaves(state.mean)))
     return space

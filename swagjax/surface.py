@@ -484,7 +484,7 @@ def project(
     _check_plane(plane)
     check_collected(state)
     # Of no leaves, for the errors of options.
-    none = SWAGState(state.step, state.count, state.skipped, (), None, None)
+    none = SWAGState(state.num_updates, state.num_collected, state.num_skipped, (), None, None)
     variance(none, scale=scale, centering=centering)
     found: Projection = _project(plane, state, scale, centering=centering)
     return found
@@ -750,7 +750,7 @@ def _deviations(trajectory: Any) -> tuple[Any, list[jax.Array], jax.Array, jax.A
     """The origin, rows whose mixture are the deviations from it, the mixture, which are held."""
     if isinstance(trajectory, SWAGState):
         rows = jax.tree.leaves(trajectory.deviations)
-        count, rank = trajectory.count, len(rows[0])
+        count, rank = trajectory.num_collected, len(rows[0])
         number = collected(count, rank)
         order = jnp.argsort(jnp.where(number > 0, number, jnp.iinfo(number.dtype).max))
         mixing = recentring(count, rank, noise_dtype(trajectory))[order]

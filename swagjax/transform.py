@@ -21,7 +21,7 @@ import optax
 class SWAGState(NamedTuple):
     """The first and second moments of the collected iterates, and the last deviations.
 
-    With theta_1 ... theta_n the collected iterates (n = ``count``):
+    With theta_1 ... theta_n the collected iterates (n = ``num_collected``):
 
         mean       = 1/n sum_i theta_i                                (theta_SWA)
         variance   = 1/n sum_i theta_i^2 - mean^2, held centred       (Sigma_diag)
@@ -32,9 +32,9 @@ class SWAGState(NamedTuple):
     ``sq_mean`` and ``mean**2`` is rounding noise for iterates that move by 1e-4 around 1.
 
     Attributes:
-      step: int32 scalar, calls of ``update`` so far.
-      count: int32 scalar, iterates collected.
-      skipped: int32 scalar, iterates left out because a coordinate was not finite.
+      num_updates: int32 scalar, calls of ``update`` so far.
+      num_collected: int32 scalar, iterates collected.
+      num_skipped: int32 scalar, iterates left out because a coordinate was not finite.
       mean: a tree like the parameters.
       variance: a tree like the parameters; ``None`` in the state of ``swa``.
       deviations: a tree with leaves of shape ``(rank, *leaf.shape)``, a ring buffer: the i-th
@@ -51,7 +51,7 @@ class SWAGState(NamedTuple):
       >>> state = tx.init(params)
       >>> for step in ({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([3.0, 0.0])}):
       ...     updates, state = tx.update(step, state, params)  # params stay: [2, 2], then [4, 2]
-      >>> print(state.count, state.mean["w"], state.variance["w"], state.sq_mean["w"])
+      >>> print(state.num_collected, state.mean["w"], state.variance["w"], state.sq_mean["w"])
       2 [3. 2.] [1. 0.] [10.  4.]
       >>> print(state.deviations["w"])
       [[0. 0.]
@@ -60,9 +60,9 @@ class SWAGState(NamedTuple):
     Source: Maddox et al. 2019 (arXiv:1902.02476), section 3.1 and algorithm 1.
     """
 
-    step: jax.Array
-    count: Any  # a jax.Array; annotated so, it would clash with tuple.count
-    skipped: jax.Array
+    num_updates: jax.Array
+    num_collected: jax.Array
+    num_skipped: jax.Array
     mean: Any
     variance: Any
     deviations: Any
@@ -96,8 +96,8 @@ def swag(
 
     Steps that do not collect cost nothing; a collection moves each array once, in place where the
     optimizer state is donated. An iterate with a coordinate that is not finite is left out and
-    counted in ``skipped``; a finite one 1e19 off the mean is collected, and makes the variance of
-    float32 infinite or NaN. The state takes ``rank + 2`` times the memory of float32 parameters,
+    counted in ``num_skipped``; a finite one 1e19 off the mean is collected, and makes the variance
+    of float32 infinite or NaN. The state takes ``rank + 2`` times the memory of float32 parameters,
     and of bfloat16 ones twice that, as accumulators are float32 unless said otherwise.
 
     In float32 the variance of 139 iterates is right to 1e-3 for weights that move by 1e-4 of their
@@ -140,7 +140,7 @@ def swag(
       ...     updates, opt_state = tx.update(grads, opt_state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> state = swagjax.get_state(opt_state)
-      >>> int(state.step), int(state.count), state.deviations["w"].shape
+      >>> int(state.num_updates), int(state.num_collected), state.deviations["w"].shape
       (20, 5, (5, 3))
 
     Source: Maddox et al. 2019, section 3.2 and algorithm 1 (one collection an epoch there:
@@ -278,11 +278,12 @@ def get_state(opt_state: Any) -> SWAGState:
 
 
 def member_axes(tree: Any) -> Any:
-    """Axes for ``jax.vmap`` over members trained side by side: 0, but None at every ``step``.
+    """Axes for ``jax.vmap`` over members trained side by side: 0, but None at ``num_updates``.
 
-    Mapped over its ``step``, a state no longer branches on whether to collect: ``vmap`` turns the
-    branch into a selection that touches the whole ring at every step. All members of a group take
-    the same steps, so the counter needs no member axis; ``count`` and ``skipped`` keep theirs.
+    Mapped over ``num_updates``, a state no longer branches on whether to collect: ``vmap`` turns
+    the branch into a selection that touches the whole ring at every step. All members take the
+    same steps, so the counter needs no member axis; ``num_collected`` and ``num_skipped`` keep
+    theirs.
 
     Args:
       tree: an optimizer state, or any tree that holds ``SWAGState``s; leaves may be abstract.
@@ -299,13 +300,13 @@ def member_axes(tree: Any) -> Any:
       >>> update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
       >>> updates, opt_state = update(jnp.ones((4, 3)), opt_state, params)
       >>> state = swagjax.get_state(opt_state)
-      >>> state.step.shape, state.count.shape, state.deviations.shape
+      >>> state.num_updates.shape, state.num_collected.shape, state.deviations.shape
       ((), (4,), (4, 2, 3))
     """
 
     def axes(node: Any) -> Any:
         zeros = jax.tree.map(lambda _: 0, node)
-        return zeros._replace(step=None) if _is_state(node) else zeros
+        return zeros._replace(num_updates=None) if _is_state(node) else zeros
 
     return jax.tree.map(axes, tree, is_leaf=_is_state)
 
@@ -364,16 +365,17 @@ def check_single(state: SWAGState) -> None:
       >>> check_single(jax.vmap(swagjax.swa().init)(jnp.zeros((4, 3))))
       Traceback (most recent call last):
       ...
-      ValueError: the state holds several members, count=[0 0 0 0]: map over them with jax.vmap
+      ValueError: the state holds several members, num_collected=[0 0 0 0]: map over them with...
     """
-    if isinstance(state.count, jax.ShapeDtypeStruct):
+    if isinstance(state.num_collected, jax.ShapeDtypeStruct):
         raise ValueError(
             "the state holds shapes, no numbers: it is what jax.eval_shape gave, the target of a "
             "checkpoint; tx.init(params) gives arrays"
         )
-    if jnp.ndim(state.count):
+    if jnp.ndim(state.num_collected):
         raise ValueError(
-            f"the state holds several members, count={state.count}: map over them with jax.vmap"
+            f"the state holds several members, num_collected={state.num_collected}: map over "
+            "them with jax.vmap"
         )
 
 
@@ -404,9 +406,9 @@ def _observer(
         if rank:
             _check_memory(params, rank, accumulator_dtype, deviation_dtype)
         return SWAGState(
-            step=jnp.zeros((), jnp.int32),
-            count=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
+            num_updates=jnp.zeros((), jnp.int32),
+            num_collected=jnp.zeros((), jnp.int32),
+            num_skipped=jnp.zeros((), jnp.int32),
             mean=jax.tree.map(accumulator, params),
             variance=jax.tree.map(accumulator, params) if second_moment else None,
             deviations=jax.tree.map(ring, params, is_leaf=_is_box) if rank else None,
@@ -423,12 +425,12 @@ def _observer(
         _check_state(state, second_moment, rank)
         _check_alike("updates", updates, "params", params, "give the gradients of these params")
         _check_alike("params", params, "the state", state.mean, "start anew with tx.init(params)")
-        state = state._replace(step=optax.safe_increment(state.step))
+        state = state._replace(num_updates=optax.safe_increment(state.num_updates))
         # Outside the branch, where XLA shares it with the caller's own apply_updates.
         iterate = optax.apply_updates(params, updates)
-        # On ``step`` alone: a predicate that differs between vmapped members would turn the
+        # On ``num_updates`` alone: a predicate that differs between vmapped members would turn the
         # branch into a selection over the ring.
-        state = jax.lax.cond(due(state.step), _collect, _pass, state, iterate)
+        state = jax.lax.cond(due(state.num_updates), _collect, _pass, state, iterate)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -441,11 +443,11 @@ def _pass(state: SWAGState, iterate: optax.Params) -> SWAGState:
 
 
 def _collect(state: SWAGState, iterate: optax.Params) -> SWAGState:
-    """Add one iterate to the moments; one that is not finite changes nothing but ``skipped``."""
+    """Add one iterate to the moments; one that is not finite changes ``num_skipped`` alone."""
     theta = jax.tree.map(lambda m, x: x.astype(m.dtype), state.mean, iterate)
     finite = _all_finite(theta)
-    n = state.count + 1
-    row = state.count  # modulo the size of the ring
+    n = state.num_collected + 1
+    row = state.num_collected  # modulo the size of the ring
 
     # A skipped iterate counts as the mean with weight zero, and its row is written back: under
     # vmap a second branch would be a selection over the ring. Each line reads new arrays or its
@@ -468,9 +470,9 @@ def _collect(state: SWAGState, iterate: optax.Params) -> SWAGState:
     mean = jax.tree.map(lambda m, x: approach(m, difference(x, m)), state.mean, theta)
     deviation = jax.tree.map(difference, theta, mean)
     return SWAGState(
-        step=state.step,
-        count=state.count + finite.astype(jnp.int32),
-        skipped=state.skipped + (~finite).astype(jnp.int32),
+        num_updates=state.num_updates,
+        num_collected=state.num_collected + finite.astype(jnp.int32),
+        num_skipped=state.num_skipped + (~finite).astype(jnp.int32),
         mean=mean,
         variance=_map_kept(spread, state.variance, deviation),
         deviations=_map_kept(push, state.deviations, theta, mean),

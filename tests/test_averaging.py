@@ -478,7 +478,7 @@ NUMBERED = {
         r"posterior holds no values at \['b'\].*iterates\(state, like=params\)",
     ),
     "a member that has collected nothing": (
-        lambda: (KEY, ensemble.mix([collect()] * 2)._replace(count=jnp.array([3, 0])), {}),
+        lambda: (KEY, ensemble.mix([collect()] * 2)._replace(num_collected=jnp.array([3, 0])), {}),
         r"the members \[1\] have collected no iterate",
     ),
 }
@@ -530,7 +530,7 @@ def test_a_wrong_posterior_points_to_get_state(state, predictor):
 def test_an_empty_state_is_refused_wherever_it_stands(predictor):
     empty = collect(count=0)
     for posterior in (empty, jax.tree_util.Partial(swagjax.sample, state=empty)):
-        with pytest.raises(ValueError, match=r"collected no iterate \(count=0"):
+        with pytest.raises(ValueError, match=r"collected no iterate \(num_collected=0"):
             predictor(KEY, posterior, probabilities, X)
     if predictor in PREDICTORS:
         traced = jax.jit(lambda state: predictor(KEY, state, probabilities, X))(empty)

@@ -181,7 +181,7 @@ def test_networks_side_by_side_equal_networks_one_by_one(recipe, digits):
             networks, losses = epoch(networks, keys, digits)
         ways.append((networks, np.ravel(losses)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *ways)
-    assert int(swagjax.get_state(ways[1][0][1].opt_state).count) == (
+    assert int(swagjax.get_state(ways[1][0][1].opt_state).num_collected) == (
         2 if recipe is algorithms.averaged_sgd else 8
     )
 
@@ -315,7 +315,7 @@ def test_several_iterates_are_collected_an_epoch():
     state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(30):
         _, state = update(jnp.ones(1), state, params)
-    assert int(swagjax.get_state(state).count) == 10
+    assert int(swagjax.get_state(state).num_collected) == 10
 
 
 @pytest.mark.parametrize("replacement", [False, True])

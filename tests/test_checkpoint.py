@@ -189,8 +189,8 @@ def killed_and_restarted(folder, kills):
 def test_the_uninterrupted_run_is_worth_comparing_with(uninterrupted):
     """It goes round the ring several times, and its state is the one computed here in one go."""
     state = swagjax.get_state(advanced(init(), STEPS).opt_state)
-    assert int(state.step) == STEPS
-    assert int(state.count) == (STEPS - 8) // 2 > 5 * RANK
+    assert int(state.num_updates) == STEPS
+    assert int(state.num_collected) == (STEPS - 8) // 2 > 5 * RANK
     assert ".key" in uninterrupted
     ring = ".opt_state[1].deviations['hidden']"
     assert len(bytes(uninterrupted[ring])) > 4 * RANK * 8 * 64

@@ -361,7 +361,7 @@ def test_iterate_averages_are_means_of_windows():
 
     trees = {"b": jnp.float32(gradients[:, 0]), "w": jnp.float32(gradients[:, 1:])}
     _, (visited, states) = jax.lax.scan(step, (params, tx.init(params)), trees)
-    assert states.count.tolist() == [1, 2, 3, 4] * 3
+    assert states.num_collected.tolist() == [1, 2, 3, 4] * 3
     flat = np.column_stack([visited["b"], visited["w"]]).astype(float)
     means = np.column_stack([states.mean["b"], states.mean["w"]])
     np.testing.assert_allclose(means[3::4], flat.reshape(3, 4, D).mean(1), rtol=1e-5)

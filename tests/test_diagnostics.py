@@ -211,7 +211,9 @@ def test_without_deviations_the_first_collection_can_be_checked(method):
 @pytest.mark.parametrize("method", [swagjax.swa, swagjax.swag_diag])
 def test_without_deviations_a_later_collection_says_which_one_can(method):
     params, opt_state = train(optax.chain(optax.sgd(0.1), method()), model(), 2)
-    with pytest.raises(ValueError, match=r"count=2: .*without deviations .*first such step"):
+    with pytest.raises(
+        ValueError, match=r"num_collected=2: .*without deviations .*first such step"
+    ):
         check_iterate(opt_state, params)
 
 
@@ -281,7 +283,7 @@ WRONG_ORDERS = {
 @pytest.mark.parametrize("tx", WRONG_ORDERS.values(), ids=WRONG_ORDERS)
 def test_what_changes_the_updates_after_swag_is_found_after_every_step(tx):
     def check(opt_state, params):
-        if int(swagjax.get_state(opt_state).count) > 1:  # at first, momentum does nothing
+        if int(swagjax.get_state(opt_state).num_collected) > 1:  # at first, momentum does nothing
             with pytest.raises(ValueError, match=NOT_LAST):
                 check_iterate(opt_state, params)
 
@@ -349,7 +351,9 @@ def test_a_step_that_did_not_collect_is_found_and_named(cadence):
 
 def test_before_the_first_collection_there_is_nothing_to_check():
     params, opt_state = train(last(optax.sgd(0.1), start=9), model(), 3)
-    with pytest.raises(ValueError, match=r"count=0: .*call check_iterate after a step that coll"):
+    with pytest.raises(
+        ValueError, match=r"num_collected=0: .*call check_iterate after a step that coll"
+    ):
         check_iterate(opt_state, params)
 
 
@@ -399,7 +403,7 @@ def test_states_that_cannot_be_checked_are_refused_by_the_library():
     with pytest.raises(ValueError, match="no SWAGState"):
         check_iterate(params, opt_state)
     members = jax.tree.map(lambda x: jnp.stack([x, x]), opt_state)
-    with pytest.raises(ValueError, match=r"several members, count=\[2 2\]"):
+    with pytest.raises(ValueError, match=r"several members, num_collected=\[2 2\]"):
         check_iterate(members, params)
     with pytest.raises(ValueError, match="outside jit"):
         jax.jit(check_iterate)(opt_state, params)
@@ -513,7 +517,7 @@ def test_a_trace_has_no_memory_to_exceed():
     init = swagjax.swag(10**7).init
     params = {"w": jnp.zeros(10**6)}
     assert jax.eval_shape(init, params).deviations["w"].shape == (10**7, 10**6)
-    assert jax.jit(init).lower(params).out_info.count.shape == ()
+    assert jax.jit(init).lower(params).out_info.num_collected.shape == ()
     abstract = jax.eval_shape(lambda: params)
     assert jax.eval_shape(init, abstract).mean["w"].shape == (10**6,)
 
@@ -531,7 +535,7 @@ def test_the_limit_is_met_to_the_byte(monkeypatch, dtypes):
     needed = swagjax.state_bytes(model(), 5, **dtypes) - 12  # but for three counters
     tx = swagjax.swag(5, **dtypes)
     asked = limited(monkeypatch, needed)
-    assert int(tx.init(model()).count) == 0
+    assert int(tx.init(model()).num_collected) == 0
     assert asked == [{jax.devices()[0]}]
     limited(monkeypatch, needed - 1)
     with pytest.raises(ValueError, match="rank=5: the state takes"):
@@ -930,7 +934,7 @@ def test_what_cannot_be_read_is_refused(reader):
         reader(state._replace(variance=None))
     with pytest.raises(ValueError, match=r"rank=3: .* fewer than 4 iterates; .*larger rank"):
         reader(state_of(walk(np.random.default_rng(0), 9), 3))
-    with pytest.raises(ValueError, match=r"count=3: .* fewer than 4 iterates; train on"):
+    with pytest.raises(ValueError, match=r"num_collected=3: .* fewer than 4 iterates; train on"):
         reader(state_of(walk(np.random.default_rng(0), 3)))
     with pytest.raises(ValueError, match="holds shapes"):
         reader(jax.eval_shape(lambda: state))
@@ -951,9 +955,11 @@ def test_inside_jit_too_few_iterates_give_nan_and_enough_the_same(reader):
 @pytest.mark.parametrize("reader", [drift, captured_variance])
 def test_members_side_by_side_are_read_as_each_by_itself(reader):
     states = [state_of(walk(np.random.default_rng(n), n)) for n in (6, 9)]  # one of them skipped
-    states = [state._replace(step=states[0].step) for state in states]
+    states = [state._replace(num_updates=states[0].num_updates) for state in states]
     axes = swagjax.member_axes(states[0])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)._replace(step=states[0].step)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)._replace(
+        num_updates=states[0].num_updates
+    )
     found = jax.vmap(reader, in_axes=(axes,))(stacked)
     for i, state in enumerate(states):
         one = jax.tree.map(lambda x, i=i: x[i], found)

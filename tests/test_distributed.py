@@ -85,7 +85,7 @@ def test_two_machines_do_what_one_does(tmp_path):
     assert len(same) == 3 + 3 * 3
     assert all(two[name] for name in same)
     # And none of it is trivial.
-    assert two["['state'].count"] == distributed_program.STEPS
+    assert two["['state'].num_collected"] == distributed_program.STEPS
     assert np.ptp(two["['exact'][0].deviations['hidden']"]) > 0.1
     assert np.ptp(two["['probs']"][:, 0]) > 0.1
     np.testing.assert_allclose(two["['probs']"].sum(1), 1, rtol=1e-5)

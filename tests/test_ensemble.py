@@ -71,9 +71,9 @@ def test_members_are_what_was_put_in(kind):
     mixture = ensemble.mix(states(kind))
     for m in range(3):
         assert leaves_equal(ensemble.member(mixture, m), state(kind, m))
-    assert tuple(mixture.count) == COUNTS
-    assert ensemble.member(mixture, np.int64(1)).count == COUNTS[1]
-    assert jax.jit(ensemble.member)(mixture, 2).count == COUNTS[2]
+    assert tuple(mixture.num_collected) == COUNTS
+    assert ensemble.member(mixture, np.int64(1)).num_collected == COUNTS[1]
+    assert jax.jit(ensemble.member)(mixture, 2).num_collected == COUNTS[2]
 
 
 def test_a_stacked_state_and_a_list_make_the_same_mixture():
@@ -81,9 +81,9 @@ def test_a_stacked_state_and_a_list_make_the_same_mixture():
     stacked = jax.tree.map(lambda *x: np.stack(x), *states())
     wanted = ensemble.mix(states())
     assert leaves_equal(ensemble.mix(stacked), wanted)
-    shared = ensemble.mix(stacked._replace(step=jnp.int32(9)))
-    assert tuple(shared.step) == (9, 9, 9)
-    assert leaves_equal(shared._replace(step=wanted.step), wanted)
+    shared = ensemble.mix(stacked._replace(num_updates=jnp.int32(9)))
+    assert tuple(shared.num_updates) == (9, 9, 9)
+    assert leaves_equal(shared._replace(num_updates=wanted.num_updates), wanted)
     assert leaves_equal(ensemble.mix(tuple(states())), wanted)
 
 
@@ -106,7 +106,7 @@ def test_members_trained_side_by_side_are_those_trained_apart():
         carry = together(carry, float(t))
         apart = [alone(one, float(t)) for one in apart]
     mixture = ensemble.mix(swagjax.get_state(carry[1]))
-    assert tuple(mixture.count) == (4, 4, 4, 4)
+    assert tuple(mixture.num_collected) == (4, 4, 4, 4)
     for m, (_, opt_state) in enumerate(apart):
         pairs = zip(ensemble.member(mixture, m), swagjax.get_state(opt_state), strict=True)
         for got, wanted in pairs:
@@ -228,7 +228,7 @@ def test_a_draw_is_the_same_alone_and_mapped():
 def test_a_draw_holds_no_member_beside_the_sample():
     """Neither the rings of all members, nor that of one, nor one for every mapped key."""
     leaf, members, rank = jnp.zeros(1 << 16), 4, 20
-    one = swagjax.swag(rank).init(leaf)._replace(count=jnp.int32(30))
+    one = swagjax.swag(rank).init(leaf)._replace(num_collected=jnp.int32(30))
     mixture, keys = ensemble.mix([one] * members), jax.random.split(KEY, 8)
     of_each, index = jax.vmap(ensemble.draw, (0, None, 0)), jnp.arange(8) // 2
     for draw, key, samples in [
@@ -435,15 +435,15 @@ MISUSE = {
     ),
     "one state, not in a list": (
         lambda: ensemble.mix(state("swag", 0)),
-        r"states is one state with count=2: give a list of states, mix\(\[state\]\)",
+        r"states is one state with num_collected=2: give a list of states, mix\(\[state\]\)",
     ),
     "members of members": (
         lambda: ensemble.mix(jax.tree.map(lambda x: x[None], stacked())),
-        r"states is one state with count=\[\[2 6 9\]\]: give a list .* one axis of members",
+        r"states is one state with num_collected=\[\[2 6 9\]\]: give a list .* one axis of members",
     ),
     "a list of stacked states": (
         lambda: ensemble.mix([stacked(), stacked()]),
-        r"the state holds several members, count=\[2 6 9\]",
+        r"the state holds several members, num_collected=\[2 6 9\]",
     ),
     "a field that was not stacked": (
         lambda: ensemble.mix(stacked()._replace(variance=state("swag", 0).variance)),
@@ -493,7 +493,7 @@ MISUSE = {
     ),
     "a member that collected nothing": (
         lambda: ensemble.mix([state("swag", 0), empty()]),
-        r"the members \[1\] have collected no iterate \(count=\[2 0\] after step=\[2 0\]",
+        r"the members \[1\] have collected no iterate \(num_collected=\[2 0\] after num_updates",
     ),
     "sample of one state": (
         lambda: ensemble.sample(KEY, state("swag", 0)),

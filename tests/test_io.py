@@ -78,7 +78,7 @@ def collected(opt_state, seed=0):
     state, rng = swagjax.get_state(opt_state), np.random.default_rng(seed)
     state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state)
     step, count, skipped = (jnp.int32(n) for n in (7, 5, 1))
-    return state._replace(step=step, count=count, skipped=skipped)
+    return state._replace(num_updates=step, num_collected=count, num_skipped=skipped)
 
 
 def assert_same(a, b):
@@ -128,7 +128,7 @@ def put(data, name, value):
 @pytest.mark.parametrize("count", [0, 2, 7])
 def test_state_comes_back_bit_for_bit(path, method, count):
     state = run(method(), model(), count, spoil=1)
-    assert (int(state.step), int(state.skipped)) == (count, int(count > 1))
+    assert (int(state.num_updates), int(state.num_skipped)) == (count, int(count > 1))
     io.save(path, state)
     assert_same(io.load(path, model()), state)
 
@@ -188,7 +188,7 @@ def test_stacked_members(path):
     for _ in range(2):
         _, state = update(params.at[2].set(jnp.nan), state, params)
     assert state.deviations.shape == (4, RANK, 2)
-    np.testing.assert_array_equal(state.count, [2, 2, 0, 2])
+    np.testing.assert_array_equal(state.num_collected, [2, 2, 0, 2])
     io.save(path, state)
     assert_same(io.load(path, params), state)
     with pytest.raises(ValueError, match=r"posterior.safetensors"):
@@ -334,7 +334,7 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch, failure):
     monkeypatch.setattr(io, "save_file", half)
     expected = OSError if failure is SafetensorError else failure
     with pytest.raises(expected):
-        io.save(path, old._replace(step=jnp.int32(9)))
+        io.save(path, old._replace(num_updates=jnp.int32(9)))
     assert_same(io.load(path, jnp.zeros(2)), old)
     assert list(path.parent.iterdir()) == [path]
 
@@ -389,9 +389,9 @@ def test_states_that_load_would_refuse_are_not_saved(path):
     state = swagjax.swag(2).init({"a": jnp.zeros(2), "b": jnp.zeros(3)})
     other = jax.tree.map(jnp.zeros_like, {"a": jnp.zeros((2, 2)), "b": jnp.zeros((3, 3))})
     bad = {
-        "do not go with": state._replace(count=jnp.int32(1)),
-        "count=-1": state._replace(count=jnp.int32(-1)),
-        "'count' is F32": state._replace(count=jnp.float32(0)),
+        "do not go with": state._replace(num_collected=jnp.int32(1)),
+        "count=-1": state._replace(num_collected=jnp.int32(-1)),
+        "'count' is F32": state._replace(num_collected=jnp.float32(0)),
         r"'deviations/b' is F32 of shape \[3, 3\]": state._replace(deviations=other),
         "rings of 1 rows": state._replace(deviations=jax.tree.map(lambda x: x[:1], other)),
         "'variance/a' is F32": state._replace(variance=other),
@@ -613,7 +613,12 @@ def test_damage_is_refused_or_harmless(path, data):
         assert str(path) in message
     else:
         assert jax.tree.map(lambda x: (x.shape, x.dtype), loaded) == sound()[1]
-        assert 0 <= loaded.count <= loaded.count + loaded.skipped <= loaded.step
+        assert (
+            0
+            <= loaded.num_collected
+            <= loaded.num_collected + loaded.num_skipped
+            <= loaded.num_updates
+        )
 
 
 def test_importing_swagjax_does_not_import_safetensors():
@@ -734,7 +739,11 @@ def test_their_posterior_is_that_of_the_oracle_and_of_our_own_run(x64, count, he
     iterates = torch_iterates(count)
     state = io.from_torch(torch_swag(iterates, held) | BUFFERS, like(), names)
     points = matrix(iterates)
-    assert (int(state.step), int(state.count), int(state.skipped)) == (count, count, 0)
+    assert (int(state.num_updates), int(state.num_collected), int(state.num_skipped)) == (
+        count,
+        count,
+        0,
+    )
     np.testing.assert_allclose(oracle.flatten(state.mean), points.mean(0), rtol=1e-12)
     np.testing.assert_allclose(oracle.flatten(state.variance), points.var(0), rtol=1e-9)
     wanted = oracle.covariance("swag", points, held)
@@ -772,7 +781,7 @@ def test_one_iterate_and_none(x64):
     for count in (0, 1):
         iterates = torch_iterates(count)
         state = io.from_torch(torch_swag(iterates, 4), like(), names)
-        assert int(state.count) == count
+        assert int(state.num_collected) == count
         assert state.deviations["Conv_0"]["bias"].shape == (2, 3)
         if iterates:
             assert_close(state, our_run(2, iterates))
@@ -861,14 +870,14 @@ def test_state_can_be_donated_and_comes_from_nnx_as_well():
     wanted = swagjax.get_state(swagjax.swag(2).init(params))
     assert jax.tree.structure(state) == jax.tree.structure(wanted)
     copies = jax.jit(lambda x: jax.tree.map(jnp.copy, x), donate_argnums=0)(state)
-    assert int(copies.count) == 2
+    assert int(copies.num_collected) == 2
 
 
 def test_a_prefix_and_other_trees():
     arrays = {f"module.{k}": v for k, v in linear().items()}
     name = {"0": ("module.base.fc.weight", np.transpose)}.__getitem__
     state = io.from_torch(arrays, [LINEAR["fc"]["kernel"], None, optax.MaskedNode()], name)
-    assert int(state.count) == 2
+    assert int(state.num_collected) == 2
     np.testing.assert_array_equal(state.deviations[0][1], [[1.0], [2.0]])
     assert state.mean[1] is None
     assert isinstance(state.mean[2], optax.MaskedNode)

@@ -76,7 +76,7 @@ def assert_one_run(state, iterates, rank, eps=EPS, ring_eps=0.0):
     variance to that times the deviations, the rows of a coarser ring also to 4 of its roundings.
     """
     n, x = len(iterates), iterates
-    assert int(state.count) == n
+    assert int(state.num_collected) == n
     if not n:
         assert all(not leaf.any() for leaf in jax.tree.leaves(state))
         return
@@ -129,7 +129,7 @@ def check_merge(kind, rank, first, second):
     merged, both = swagjax.merge(a, b), np.concatenate([first, second])
     assert_one_run(merged, both, rank)
     assert_close(merged, collect(tx, second, a), 3e-4)
-    assert int(merged.step) == len(both)
+    assert int(merged.num_updates) == len(both)
     for centering in ("running", "final") if len(both) else ():
         wanted = np.diag(oracle.covariance(kind, both, rank, centering=centering))
         got = oracle.flatten(swagjax.variance(merged, centering=centering))
@@ -207,7 +207,11 @@ def test_the_moments_do_not_depend_on_the_order(kind):
     tx = transformation(kind, 3)
     a, b = (collect(tx, part) for part in walk(0, (4, 9), apart=3.0))
     one, two = swagjax.merge(a, b), swagjax.merge(b, a)
-    assert_close((one.count, one.mean, one.variance), (two.count, two.mean, two.variance), 1e-5)
+    assert_close(
+        (one.num_collected, one.mean, one.variance),
+        (two.num_collected, two.mean, two.variance),
+        1e-5,
+    )
 
 
 def test_the_ring_is_made_of_the_second_alone_where_that_fills_it():
@@ -234,9 +238,14 @@ def test_counters_are_added_up():
     ):
         states.append(collect(tx, iterates))
     merged = swagjax.merge(*states)
-    counters = int(merged.step), int(merged.count), int(merged.skipped)
+    counters = int(merged.num_updates), int(merged.num_collected), int(merged.num_skipped)
     assert counters == (17, 2 + 3, 1)
-    assert merged.step.dtype == merged.count.dtype == merged.skipped.dtype == jnp.int32
+    assert (
+        merged.num_updates.dtype
+        == merged.num_collected.dtype
+        == merged.num_skipped.dtype
+        == jnp.int32
+    )
     seen = np.concatenate([first[[4, 7]], second[[1, 5, 7]]])
     assert_one_run(merged, seen, 3)
 
@@ -344,16 +353,16 @@ def test_merging_members_side_by_side(kind):
     parts = walk(6, (2, 5, 3, 4, 1, 0))
     first, second = ([collect(tx, part) for part in parts[i::2]] for i in (0, 1))
     stacked = [
-        jax.tree.map(lambda *x: jnp.stack(x), *members)._replace(step=jnp.int32(7))
+        jax.tree.map(lambda *x: jnp.stack(x), *members)._replace(num_updates=jnp.int32(7))
         for members in (first, second)
     ]
     axes = swagjax.member_axes(first[0])
     together = jax.vmap(swagjax.merge, in_axes=(axes, axes), out_axes=axes)(*stacked)
-    assert together.step == 14
+    assert together.num_updates == 14
     for i, pair in enumerate(zip(first, second, strict=True)):
         member = jax.tree.map(lambda x, axis, i=i: x[i] if axis == 0 else x, together, axes)
         alone = swagjax.merge(*pair)
-        assert_close(member._replace(step=alone.step), alone, 1e-5)
+        assert_close(member._replace(num_updates=alone.num_updates), alone, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -420,7 +429,7 @@ def test_a_tree_without_leaves():
     tx = swagjax.swag(2)
     state = tx.update({}, tx.init({}), {})[1]
     merged = swagjax.merge(state, state)
-    assert (int(merged.count), merged.mean, merged.deviations) == (2, {}, {})
+    assert (int(merged.num_collected), merged.mean, merged.deviations) == (2, {}, {})
 
 
 def test_dropped_fields_are_dropped_of_both():

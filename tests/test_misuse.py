@@ -82,7 +82,7 @@ def masked_state():
 def members(shared_step=True):
     """Two members trained side by side, by ``member_axes`` or mapped over everything."""
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state())
-    return stacked._replace(step=state().step) if shared_step else stacked
+    return stacked._replace(num_updates=state().num_updates) if shared_step else stacked
 
 
 def stacked_params():
@@ -217,7 +217,7 @@ PARAMETERS = {
 NO_PARAMS = r"params=None: .*call tx\.update\(updates, state, params\)"
 NO_STATE = r"state is a {}: give .*tx\.init\(params\)"
 SHAPES = r"the state holds shapes, no numbers: .*tx\.init\(params\)"
-MEMBERS = r"the state holds several members, count=\[4 4\]: map over them with jax\.vmap"
+MEMBERS = r"the state holds several members, num_collected=\[4 4\]: map over them with jax\.vmap"
 OTHER_KIND = r"the state is of {}, and this is {}: go on with .* start anew with init\(params\)"
 OTHER_GRADIENTS = r"updates has another structure than params: .*gradients of these params"
 
@@ -362,7 +362,10 @@ KEYS = {
 # --- Reading a posterior ---------------------------------------------------------------------
 
 GET_STATE = r"{} is a {}: give the SWAGState, swagjax\.get_state\(opt_state\)"
-NOTHING = r"the state has collected no iterate \(count=0 after step={}, skipped={} .*`start`"
+NOTHING = (
+    r"the state has collected no iterate \(num_collected=0 after num_updates={}, num_skipped={} "
+    r".*`start`"
+)
 
 READING = {
     "sample of the optimizer's state": (
@@ -646,7 +649,7 @@ NUMBERS = {
     ),
     "a mixture of one state": (
         lambda: swagjax.ensemble.mix(state()),
-        r"states is one state with count=4: give a list of states, mix\(\[state\]\)",
+        r"states is one state with num_collected=4: give a list of states, mix\(\[state\]\)",
     ),
     "a state in place of a mixture": (
         lambda: swagjax.ensemble.sample(KEY, state()),
@@ -992,7 +995,7 @@ def test_a_state_away_from_the_device_works_everywhere(copy_of):
 def test_when_may_return_a_python_boolean():
     for verdict in (True, False):
         tx = swagjax.swag(RANK, when=lambda t, verdict=verdict: verdict)
-        assert int(tx.update(PARAMS, empty(), PARAMS)[1].count) == verdict
+        assert int(tx.update(PARAMS, empty(), PARAMS)[1].num_collected) == verdict
 
 
 def test_params_may_be_given_by_name():
@@ -1057,4 +1060,8 @@ def test_python_floats_and_weak_types_keep_their_types_in_a_loop():
 
 def test_a_tree_without_weights_is_a_posterior_of_none():
     state = train(swagjax.swag(RANK), {}, 2)
-    assert (int(state.count), sample(state), float(swagjax.log_prob(state, {}))) == (2, {}, 0.0)
+    assert (int(state.num_collected), sample(state), float(swagjax.log_prob(state, {}))) == (
+        2,
+        {},
+        0.0,
+    )

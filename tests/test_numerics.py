@@ -60,7 +60,7 @@ def test_variance_where_weights_move_by_few_units_in_the_last_place():
 def test_a_hundred_thousand_iterates_that_have_settled(std, drift, bound):
     rows = about_one(100_000, std, drift, size=50)
     state = collect(swagjax.swag_diag(), rows)
-    assert state.count == 100_000
+    assert state.num_collected == 100_000
     assert relative(state.variance, rows.var(0)).max() < bound
     assert np.abs(np.asarray(state.mean, np.float64) - rows.mean(0)).max() < 0.2 * std
 

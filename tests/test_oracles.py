@@ -233,7 +233,11 @@ def check_moments(run):
     """
     state, x = run.state, run.iterates
     n = len(x)
-    assert (int(state.count), int(state.step), int(state.skipped)) == (n, run.steps, 0)
+    assert (int(state.num_collected), int(state.num_updates), int(state.num_skipped)) == (
+        n,
+        run.steps,
+        0,
+    )
     size = np.abs(x).max(0)
     width = np.abs(x - x.mean(0)).max(0)
     error = (n + 4) * epsilons(state)

@@ -606,7 +606,9 @@ def test_a_state_that_collected_nothing_is_an_error_and_nan_in_jit(kind, reader)
     params = jax.tree.map(jnp.ones_like, template(np.float32))
     tx = FACTORIES[kind](start=3)
     _, state = tx.update(params, tx.init(params), params)
-    with pytest.raises(ValueError, match=r"collected no iterate \(count=0 after step=1, .*start"):
+    with pytest.raises(
+        ValueError, match=r"collected no iterate \(num_collected=0 after num_updates=1, .*start"
+    ):
         READERS[reader](state)
     # The initial weights would be silently wrong; so would the zeros that the state holds.
     assert np.isnan(oracle.flatten(jax.jit(READERS[reader])(state))).all()
@@ -784,7 +786,7 @@ def test_jit_and_vmap_over_keys_change_nothing(kind):
 def test_vmap_over_members(reader):
     """Members trained side by side share the step, and differ in all else, count included."""
     alone = [collect(TX["swag"], stack(n, template(np.float32), seed=n)) for n in (3, 6)]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *alone)._replace(step=jnp.int32(6))
+    states = jax.tree.map(lambda *x: jnp.stack(x), *alone)._replace(num_updates=jnp.int32(6))
     axes = swagjax.member_axes(states)
     got = jax.vmap(READERS[reader], in_axes=(axes,))(states)
     for i, state in enumerate(alone):
@@ -908,7 +910,7 @@ def test_what_is_no_state_points_to_get_state(reader, wrong):
 def test_a_state_of_several_members_points_to_vmap(reader):
     state, _ = example("swag", 4, np.float32)
     states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    with pytest.raises(ValueError, match=r"several members, count=\[4 4\].*jax\.vmap"):
+    with pytest.raises(ValueError, match=r"several members, num_collected=\[4 4\].*jax\.vmap"):
         READERS[reader](states)
 
 

@@ -260,7 +260,7 @@ def test_members_trained_side_by_side_keep_their_axis():
     got = sharding.state_shardings(init, stacked)
     assert got.deviations["w"].spec == P("member", None, None, "model")
     assert got.mean["w"].spec == placed.spec
-    assert got.step.is_fully_replicated
+    assert got.num_updates.is_fully_replicated
 
 
 def test_leaves_on_one_device_count_as_replicated():
@@ -419,7 +419,7 @@ def test_training_on_many_devices_collects_what_one_device_does(layout, kind):
     got = swagjax.get_state(opt_state)
     assert_placed(got, placements(mesh_of(layout, kind), state_specs(specs(layout))))
     assert_placed(params, placements(mesh_of(layout, kind), specs(layout)))
-    assert int(got.count) == len(BATCHES)
+    assert int(got.num_collected) == len(BATCHES)
     assert float(jnp.abs(wanted.deviations["out"]["kernel"]).max()) > 1e-3
     # Gradients are summed over the devices in another order.
     pair = jax.device_get(((params, got), (wanted_params, wanted)))

@@ -96,8 +96,8 @@ def tiny(monkeypatch):
 
 def test_the_state_of_a_workload_is_full_and_scattered(tiny):
     params, state = workloads.state(workloads.build("lenet5"), 3)
-    assert int(state.count) == 4
-    assert int(state.skipped) == 0
+    assert int(state.num_collected) == 4
+    assert int(state.num_skipped) == 0
     for leaf in jax.tree.leaves(state.deviations):
         assert np.all(np.abs(leaf).max(tuple(range(1, leaf.ndim))) > 0)
     assert jax.tree.structure(params) == jax.tree.structure(state.mean)

@@ -281,11 +281,11 @@ def space():
 MISUSE = {
     "more directions than iterates": (
         lambda: subspace.pca(state(4), 4),
-        r"dim=4: the state spans 3 directions \(rank=6, count=4\).*at most 3",
+        r"dim=4: the state spans 3 directions \(rank=6, num_collected=4\).*at most 3",
     ),
     "more directions than the ring holds": (
         lambda: subspace.pca(state(13), 7),
-        r"dim=7: the state spans 6 directions \(rank=6, count=13\).*at most 6",
+        r"dim=7: the state spans 6 directions \(rank=6, num_collected=13\).*at most 6",
     ),
     "no direction": (lambda: subspace.pca(state(), 0), "dim=0: give an integer of at least 1"),
     "no random direction": (

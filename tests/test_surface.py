@@ -229,7 +229,7 @@ class TestProject:
 
     def test_wrong_uses(self):
         plane = surface.plane(*(tree(i) for i in range(3)))
-        empty = collected()[0]._replace(count=jnp.int32(0))
+        empty = collected()[0]._replace(num_collected=jnp.int32(0))
         with pytest.raises(ValueError, match="collected no iterate"):
             surface.project(plane, empty)
         assert np.isnan(jax.jit(surface.project)(plane, empty).mean).all()

@@ -301,7 +301,7 @@ def test_the_rate_of_adam_rises_stays_and_falls_in_the_baseline_alone(end):
     np.testing.assert_allclose(found, list(at.values()), rtol=1e-4, atol=1e-7)
     member = experiment.Member(params, opt_state)
     posteriors = experiment._posteriors({"decayed": member, "averaged": member}, 30)
-    assert posteriors["SWAG"][0].count == 4
+    assert posteriors["SWAG"][0].num_collected == 4
     assert [samples for _, samples in posteriors.values()] == [1, 1, 30, 30]
 
 

@@ -47,9 +47,9 @@ def oracle(iterates, rank=None):
 
 def assert_matches(state, iterates, step=None, skipped=0, rtol=2e-5):
     """Compare a state with the oracle over trees of iterates; tolerances are in their spread."""
-    assert int(state.count) == len(iterates)
-    assert int(state.skipped) == skipped
-    assert step is None or int(state.step) == step
+    assert int(state.num_collected) == len(iterates)
+    assert int(state.num_skipped) == skipped
+    assert step is None or int(state.num_updates) == step
     if not iterates:
         return chex.assert_trees_all_equal(state.mean, jax.tree.map(jnp.zeros_like, state.mean))
     columns = list(zip(*map(jax.tree.leaves, iterates), strict=True))
@@ -224,7 +224,12 @@ def test_float64_with_x64_to_float64_accuracy():
         iterates = 1 + 1e-4 * numbers((50, 7), dtype=np.float64)
         state = feed(swagjax.swag(4), iterates)
         assert state.mean.dtype == state.variance.dtype == state.deviations.dtype == jnp.float64
-        assert state.step.dtype == state.count.dtype == state.skipped.dtype == jnp.int32
+        assert (
+            state.num_updates.dtype
+            == state.num_collected.dtype
+            == state.num_skipped.dtype
+            == jnp.int32
+        )
         mean, variance, _, ring = oracle(rows(iterates), 4)
         np.testing.assert_allclose(state.mean, mean, rtol=1e-14)
         np.testing.assert_allclose(state.variance, variance, rtol=1e-10)
@@ -263,7 +268,7 @@ def test_when_sees_t_from_one_as_an_int32_scalar():
     for _ in range(2):
         _, state = tx.update(x, state, x)
     assert seen == [((), jnp.int32, 1), ((), jnp.int32, 2)]
-    assert state.count == 2
+    assert state.num_collected == 2
 
 
 @pytest.mark.parametrize("given", [{"start": 3}, {"every": 2}, {"start": 1, "every": 4}])
@@ -321,7 +326,7 @@ def test_rank_one_points_to_swag_diag():
 def test_numpy_integers_are_integers():
     tx = swagjax.swag(np.int64(2), start=np.int32(1), every=np.uint8(2))
     state = feed(tx, numbers((7, 2)))
-    assert state.count == 3
+    assert state.num_collected == 3
     assert state.deviations.shape == (2, 2)
 
 
@@ -375,14 +380,14 @@ def test_regression_initial_weights_are_not_counted_in_the_mean(method):
     params = jnp.full(4, 1e6)
     tx = method()
     _, state = tx.update(jnp.full(4, -1e6 + 2), tx.init(params), params)
-    assert state.count == 1
+    assert state.num_collected == 1
     np.testing.assert_array_equal(state.mean, np.full(4, 2.0))
 
 
 @each_method
 def test_regression_first_model_is_not_counted_twice(method):
     state = feed(method(), jnp.array([[0.0], [3.0], [6.0]]))
-    assert state.count == 3
+    assert state.num_collected == 3
     np.testing.assert_allclose(state.mean, [3.0], rtol=1e-6)  # counted twice: 2.25
 
 
@@ -399,10 +404,10 @@ def test_regression_a_step_outside_the_schedule_changes_nothing(method):
     iterates = numbers((9, 3))
     tx = method(start=2, every=3)
     early = feed(tx, iterates[:2])
-    chex.assert_trees_all_equal(early, tx.init(iterates[0])._replace(step=jnp.int32(2)))
+    chex.assert_trees_all_equal(early, tx.init(iterates[0])._replace(num_updates=jnp.int32(2)))
     fifth = feed(tx, iterates[2:5], early)
     later = feed(tx, iterates[5:7], fifth)
-    chex.assert_trees_all_equal(later, fifth._replace(step=jnp.int32(7)))
+    chex.assert_trees_all_equal(later, fifth._replace(num_updates=jnp.int32(7)))
 
 
 def near_one(std, count=139, size=20_000):
@@ -543,7 +548,7 @@ def test_an_iterate_that_is_not_finite_changes_only_the_counters(method, at, bad
     if at:
         before = feed(tx, jax.tree.map(lambda x: x[:at], spoiled))
         after = feed(tx, jax.tree.map(lambda x: x[at : at + 1], spoiled), before)
-        expected = before._replace(step=jnp.int32(at + 1), skipped=jnp.int32(1))
+        expected = before._replace(num_updates=jnp.int32(at + 1), num_skipped=jnp.int32(1))
         chex.assert_trees_all_equal(after, expected)
     good = [x for i, x in enumerate(rows(iterates)) if i != at]
     assert_matches(feed(tx, spoiled), good, step=8, skipped=1)
@@ -552,13 +557,13 @@ def test_an_iterate_that_is_not_finite_changes_only_the_counters(method, at, bad
 def test_overflow_in_the_accumulator_is_skipped_too():
     # 1e5 is finite in float32 and not in float16, where it would be held.
     state = feed(swagjax.swa(accumulator_dtype=jnp.float16), jnp.array([[1.0], [1e5], [3.0]]))
-    assert (int(state.count), int(state.skipped)) == (2, 1)
+    assert (int(state.num_collected), int(state.num_skipped)) == (2, 1)
     np.testing.assert_array_equal(state.mean, [2.0])
 
 
 def test_steps_outside_the_schedule_do_not_count_as_skipped():
     iterates = numbers((6, 2)).at[0].set(jnp.nan)
-    assert feed(swagjax.swag(2, every=2), iterates).skipped == 0
+    assert feed(swagjax.swag(2, every=2), iterates).num_skipped == 0
 
 
 # --- Composition in optax -----------------------------------------------------------------------
@@ -684,7 +689,7 @@ def test_map_params_finds_every_leaf_like_the_parameters(method):
         tx, lambda x: "params", opt_state, transform_non_params=lambda x: "other"
     )
     state = swagjax.get_state(marked)
-    assert (state.step, state.count, state.skipped) == ("other",) * 3
+    assert (state.num_updates, state.num_collected, state.num_skipped) == ("other",) * 3
     kept = [x for x in (state.mean, state.variance, state.deviations) if x is not None]
     assert {leaf for tree in kept for leaf in jax.tree.leaves(tree)} == {"params"}
     chex.assert_trees_all_equal_structs(*kept, params)
@@ -905,11 +910,13 @@ def test_members_side_by_side_are_the_members_alone(method):
     axes = swagjax.member_axes(jax.eval_shape(opt.init, jax.tree.map(lambda x: x[0], params)))
     opt_state, (conds, selects) = train_members(opt, params, axes, steps=12)
     state = swagjax.get_state(opt_state)
-    assert state.step.shape == ()
-    assert state.count.shape == state.skipped.shape == (4,)
+    assert state.num_updates.shape == ()
+    assert state.num_collected.shape == state.num_skipped.shape == (4,)
     for i in range(4):
         alone, _ = train(opt, jax.tree.map(lambda x, i=i: x[i], params), steps=12)
-        member = jax.tree.map(lambda x, i=i: x[i], state._replace(step=state.step[None].repeat(4)))
+        member = jax.tree.map(
+            lambda x, i=i: x[i], state._replace(num_updates=state.num_updates[None].repeat(4))
+        )
         chex.assert_trees_all_close(member, swagjax.get_state(alone), rtol=1e-5, atol=1e-6)
     # The branch is still one, and nothing selects over the ring: (members, rank, ...).
     assert conds == 1
@@ -925,8 +932,9 @@ def test_members_mapped_over_everything_are_right_though_slower(method):
     naive, (conds, _) = train_members(opt, params, 0, steps=9)
     good, naive = swagjax.get_state(good), swagjax.get_state(naive)
     assert conds == 0  # what member_axes is for
-    np.testing.assert_array_equal(naive.step, np.full(4, 9))
-    chex.assert_trees_all_close(naive._replace(step=good.step), good, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(naive.num_updates, np.full(4, 9))
+    naive = naive._replace(num_updates=good.num_updates)
+    chex.assert_trees_all_close(naive, good, rtol=1e-6, atol=1e-7)
 
 
 @each_method
@@ -938,8 +946,8 @@ def test_a_member_that_is_not_finite_leaves_the_others_alone(method):
     spoiled = swagjax.get_state(train_members(opt, params, axes, 8, spoil=(6, 2))[0])
     whole = swagjax.get_state(train_members(opt, params, axes, 8)[0])
     until = swagjax.get_state(train_members(opt, params, axes, 5)[0])
-    np.testing.assert_array_equal(spoiled.count, [8, 8, 5, 8])
-    np.testing.assert_array_equal(spoiled.skipped, [0, 0, 3, 0])
+    np.testing.assert_array_equal(spoiled.num_collected, [8, 8, 5, 8])
+    np.testing.assert_array_equal(spoiled.num_skipped, [0, 0, 3, 0])
     for name in ("mean", "variance", "deviations"):
         trees = (jax.tree.leaves(getattr(x, name)) for x in (spoiled, whole, until))
         for s, w, u in zip(*trees, strict=True):
@@ -956,11 +964,11 @@ def test_members_that_are_shown_the_same_iterates():
     for i, shift in enumerate((0.0, 1.0, 5.0)):  # something of its own in every state
         _, states[i] = tx.update(jax.tree.map(lambda x, s=shift: s * x, params), states[i], params)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    together = together._replace(step=states[0].step)
+    together = together._replace(num_updates=states[0].num_updates)
     update = jax.vmap(tx.update, in_axes=(None, axes, None), out_axes=(None, axes))
     _, together = update(params, together, params)
     for i, state in enumerate(states):
-        member = jax.tree.map(lambda x, i=i: x[i], together._replace(step=jnp.full(3, 2)))
+        member = jax.tree.map(lambda x, i=i: x[i], together._replace(num_updates=jnp.full(3, 2)))
         chex.assert_trees_all_close(member, tx.update(params, state, params)[1], rtol=1e-6)
 
 
@@ -993,8 +1001,10 @@ def test_rows_of_members_are_the_same_written_in_a_loop_or_at_once(monkeypatch):
 def test_member_axes_of_any_tree():
     abstract = jax.eval_shape(optax.chain(optax.adam(0.1), swagjax.swa()).init, jnp.zeros(2))
     axes = swagjax.member_axes(abstract)
-    assert swagjax.get_state(axes)._replace(step=0) == swagjax.SWAGState(0, 0, 0, 0, None, None)
-    assert swagjax.get_state(axes).step is None
+    assert swagjax.get_state(axes)._replace(num_updates=0) == swagjax.SWAGState(
+        0, 0, 0, 0, None, None
+    )
+    assert swagjax.get_state(axes).num_updates is None
     assert axes[0][0].count == 0  # Adam's
     assert swagjax.member_axes({"a": 1.0, "b": (2.0,)}) == {"a": 0, "b": (0,)}
 

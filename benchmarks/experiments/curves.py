@@ -69,7 +69,7 @@ def narrowed(state: Any, rank: int) -> Any:
     """The state that a smaller rank would have collected; at least that many iterates are held."""
     import jax
 
-    held, last = len(jax.tree.leaves(state.deviations)[0]), int(state.count) - 1
+    held, last = len(jax.tree.leaves(state.deviations)[0]), int(state.num_collected) - 1
     # Of a ring of this rank, row r holds the last iterate whose number is r modulo the rank.
     numbers = last - (last - np.arange(rank)) % rank
     ring = jax.tree.map(lambda rows: rows[numbers % held], state.deviations)
@@ -111,7 +111,7 @@ def _by_rank(run: Any, ranks: tuple[int, ...]) -> dict[int, list[Any]]:
 
     method = methods.METHODS["SWAG"]
     states = [swagjax.get_state(net.opt_state) for net in run.networks[method.recipe][0]]
-    most = min(run.chosen.rank, *(int(state.count) for state in states))
+    most = min(run.chosen.rank, *(int(state.num_collected) for state in states))
     found: dict[int, list[Any]] = {rank: [] for rank in sorted(ranks) if rank <= most}
     for rank, scores in found.items():
         for seed, state in enumerate(states):

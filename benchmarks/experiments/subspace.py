@@ -431,7 +431,7 @@ def swag_covariance(space: Any, state: Any) -> np.ndarray:
 
     v, d = (_matrix(tree) for tree in (space.directions, state.deviations))
     variance = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.variance)])
-    held = min(int(state.count), len(d))
+    held = min(int(state.num_collected), len(d))
     inverse = np.linalg.pinv(v.T)  # from weights to z
     low_rank = (inverse @ d.T) / math.sqrt(held - 1)
     return ((inverse * variance) @ inverse.T + low_rank @ low_rank.T) / 2

@@ -120,7 +120,7 @@ def _diagnose(opt_states: Any) -> dict[str, jax.Array]:
         drift, count = diagnostics.drift(state), diagnostics.effective_count(state)
         captured = diagnostics.captured_variance(state)
         return {
-            "collected": state.count,
+            "collected": state.num_collected,
             **drift._asdict(),
             **count._asdict(),
             **captured._asdict(),
