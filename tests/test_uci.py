@@ -328,7 +328,7 @@ def test_an_ensemble_gives_the_share_of_every_member():
     members = training.Trained(states, ())
     for name, samples in (("deep ensemble", 2), ("MC-dropout", 6)):
         outputs = jax.jit(methods.outputs, static_argnums=(0, 1))
-        draw = methods.METHODS[name].draw
+        draw = methods.TUNED[name].draw
         means, variances = outputs(draw, 6, keys, members, hypers, 1.0, jnp.ones((5, 3)))
         wanted = np.repeat([-1.0, 1.0], samples // 2)
         np.testing.assert_array_equal(means, np.tile(wanted[:, None], 5))
@@ -344,13 +344,14 @@ def forgetful(name, compute):
 
 def test_the_choice_is_the_least_held_out_nll_of_every_split(parts):
     """Of a network that learns, one that stands still and one that diverges, with two noises."""
-    grid = tuning.Grid((1e-9, 0.02, 1e6), (0.0,), (0.0,), (30,))
-    calibrations = {"SGD": methods.Calibration(noises=(1.0, 1e4))}
+    grid = tuning.Grid((1e-9, 0.02, 1e6), (0.0,), (0.0,), (), (30,))
+    tried = methods.Calibration(noises=(1.0, 1e4))
+    table = methods.TUNED | {"SGD": methods.TUNED["SGD"]._replace(tried=tried)}
     plan = training.Plan((4,), 8, epochs=30, start=15, steps=0, rank=2, num_samples=4)
     dataset = data.Dataset("x", rows(40)[:, :-1], rows(40)[:, -1], ragged(40), "")
     held_out = data.parts(dataset, data.held_out(dataset.splits))
     names = ["SGD", "deep ensemble"]
-    chosen = tuning.choose(names, calibrations, grid, plan, held_out, 3, forgetful)
+    chosen = tuning.choose(table, names, grid, plan, held_out, 3, forgetful)
     best = tuning.Choice(training.Hyper(0.02, 0.0, 0.0), 30, 1.0, 1.0)
     assert chosen == {"SGD": [best] * 3, "deep ensemble": [best] * 3}
 
@@ -528,8 +529,8 @@ def test_a_point_has_no_mixture_and_an_ensemble_has(finished):
 @pytest.mark.slow
 def test_every_method_runs(folder, tmp_path):
     record = json.loads((run(folder, tmp_path) / "results.json").read_text())
-    assert list(record["results"]) == list(methods.METHODS)
-    assert set(record["paired_tests"]["NLL"]["SWAG"]) == set(list(methods.METHODS)[5:])
+    assert list(record["results"]) == list(methods.AUTHORS)
+    assert set(record["paired_tests"]["NLL"]["SWAG"]) == set(list(methods.AUTHORS)[5:])
 
 
 @pytest.fixture
@@ -545,11 +546,11 @@ def trainings(monkeypatch):
     """Labels of the trainings that were done; put a number to ``stop`` to interrupt the next."""
     train, done, stop = training.train, [], []
 
-    def counted(label, *args):
+    def counted(label, *args, **kwargs):
         if len(done) in stop:
             raise KeyboardInterrupt
         done.append(label)
-        return train(label, *args)
+        return train(label, *args, **kwargs)
 
     monkeypatch.setattr(training, "train", counted)
     return done, stop

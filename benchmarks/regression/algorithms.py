@@ -21,6 +21,7 @@ from benchmarks.regression.training import Algorithm, Batch, Hyper, Plan
 from swagjax import schedules
 
 MOMENTUM = 0.9
+LEAST = 0.01  # learning rate at the end of a decayed run, a share of the first
 FIRST_LOG_STD = -4.0  # of the weights of mean-field VI
 
 
@@ -39,6 +40,29 @@ def averaged_sgd(plan: Plan) -> Algorithm:
         return optax.chain(*_sgd(hyper, lambda step: hyper.learning_rate), collect)
 
     return _descent(optimizer, _mean_loss)
+
+
+def settled_sgd(plan: Plan) -> Algorithm:
+    """The run of ``decayed_sgd``, and a second part of a quarter of its length to collect from.
+
+    Its learning rate rises in its first fifth, in which nothing is collected, from where the first
+    part ended to the share ``hyper.collecting`` of where that began, and stays there.
+    """
+    collecting = range(plan.epochs + 1, plan.epochs + max(plan.epochs // 4, 2) + 1)
+    settled, wait = plan.epochs * plan.steps, max(len(collecting) // 5, 1) * plan.steps
+    factor = _fall(plan)
+
+    def optimizer(hyper: Hyper) -> optax.GradientTransformation:
+        def share(step: jax.Array) -> jax.Array:
+            risen = jnp.minimum((step - settled) / wait, 1.0)
+            return jnp.where(
+                step < settled, factor(step), LEAST + (hyper.collecting - LEAST) * risen
+            )
+
+        collect = swagjax.swag(plan.rank, start=settled + wait, every=plan.steps)
+        return optax.chain(*_sgd(hyper, lambda step: hyper.learning_rate * share(step)), collect)
+
+    return _descent(optimizer, _mean_loss)._replace(collecting=collecting)
 
 
 def decayed_sgd(plan: Plan) -> Algorithm:
@@ -121,8 +145,8 @@ def _sgd(hyper: Hyper, schedule: optax.Schedule) -> tuple[optax.GradientTransfor
 
 
 def _fall(plan: Plan) -> optax.Schedule:
-    """Factor of the step size: 1 in the first half of the run, 0.01 at its end."""
-    return schedules.swa_schedule(1.0, 0.01, plan.epochs * plan.steps)
+    """Factor of the step size: 1 in the first half of the run, ``LEAST`` from nine tenths on."""
+    return schedules.swa_schedule(1.0, LEAST, plan.epochs * plan.steps)
 
 
 def _decayed(plan: Plan) -> Callable[[Hyper], optax.GradientTransformation]:

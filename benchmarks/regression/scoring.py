@@ -12,7 +12,7 @@ import numpy as np
 import swagjax
 from benchmarks.regression import training
 from benchmarks.regression.data import Parts
-from benchmarks.regression.methods import METHODS, Draw, outputs
+from benchmarks.regression.methods import Draw, Method, outputs
 from benchmarks.regression.training import Plan
 from benchmarks.regression.tuning import Choice, shortened
 from benchmarks.stages import Stage
@@ -37,7 +37,12 @@ class Scored(NamedTuple):
 
 
 def scores(
-    chosen: Mapping[str, list[Choice]], members: int, plan: Plan, parts: Parts, stage: Stage
+    methods: Mapping[str, Method],
+    chosen: Mapping[str, list[Choice]],
+    members: int,
+    plan: Plan,
+    parts: Parts,
+    stage: Stage,
 ) -> Scored:
     """Train on the whole train parts with what was chosen, and score on the test parts.
 
@@ -46,12 +51,12 @@ def scores(
     groups: dict[Any, list[str]] = {}
     for name, choices in chosen.items():
         settings = tuple((choice.hyper, choice.epochs) for choice in choices)
-        groups.setdefault((METHODS[name].algorithm, settings), []).append(name)
+        groups.setdefault((methods[name].algorithm, settings), []).append(name)
     done: Scores = {}
     iterates: dict[str, list[Any]] = {}
     for names in groups.values():
         of_group = {name: chosen[name] for name in names}
-        compute = partial(_group, of_group, members, plan, parts)
+        compute = partial(_group, methods, of_group, members, plan, parts)
         scored = Scored(**stage("final, " + ", ".join(names), compute))
         done |= scored.scores
         iterates |= scored.iterates
@@ -59,11 +64,15 @@ def scores(
 
 
 def _group(
-    chosen: Mapping[str, list[Choice]], members: int, plan: Plan, parts: Parts
+    methods: Mapping[str, Method],
+    chosen: Mapping[str, list[Choice]],
+    members: int,
+    plan: Plan,
+    parts: Parts,
 ) -> dict[str, Any]:
     first = next(iter(chosen))
-    algorithm, choices = METHODS[first].algorithm, chosen[first]
-    members = members if any(METHODS[name].ensemble for name in chosen) else 1
+    algorithm, choices = methods[first].algorithm, chosen[first]
+    members = members if any(methods[name].ensemble for name in chosen) else 1
     test_x = jnp.asarray(parts.test_x)
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in chosen}
     iterates: dict[int, dict[str, Any]] = {}
@@ -71,20 +80,22 @@ def _group(
         splits = [i for i, choice in enumerate(choices) if choice.epochs == epochs]
         runs = training.runs([(i, choices[i].hyper) for i in splits], members)
         of_length = shortened(plan, parts, epochs)
-        trained = training.train(", ".join(chosen), algorithm(of_length), of_length, parts, runs)
+        made = algorithm(of_length), of_length, parts, runs
+        runs, trained = training.train_guarded(", ".join(chosen), *made)
         by_split = jax.tree.map(
             lambda leaf: leaf.reshape(-1, members, *leaf.shape[1:]), (runs, trained)
         )
         for name in chosen:
-            used = members if METHODS[name].ensemble else 1
+            used = members if methods[name].ensemble else 1
             own = jax.tree.map(lambda leaf, used=used: leaf[:, :used], by_split)
             scales = jnp.array([chosen[name][i].scale for i in splits])
-            drawn = _outputs(METHODS[name].draw, plan.num_samples, test_x, own, scales)
+            drawn = _outputs(methods[name].draw, plan.num_samples, test_x, own, scales)
             for i, means, variances in zip(splits, *jax.device_get(drawn), strict=True):
                 found[name][i] = _metrics(means, variances * chosen[name][i].noise, parts, i)
         if DIAGNOSED in chosen and plan.rank >= LEAST_RANK:
-            first_of = jax.tree.map(lambda leaf: leaf[:, 0], by_split[1].state.opt_state)
-            said = jax.tree.map(np.ndarray.tolist, jax.device_get(_diagnose(first_of)))
+            run, first_of = jax.tree.map(lambda leaf: leaf[:, 0], by_split)
+            told = _diagnose(first_of.state.opt_state) | {"collecting": run.hyper.collecting}
+            said = jax.tree.map(np.ndarray.tolist, jax.device_get(told))
             iterates |= {i: {k: v[j] for k, v in said.items()} for j, i in enumerate(splits)}
     return {
         "scores": {name: _by_name(of) for name, of in found.items()},

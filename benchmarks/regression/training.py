@@ -5,6 +5,7 @@ trained beside it, and candidates differ in their hyper-parameters alone.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from benchmarks.regression import network
 from benchmarks.regression.data import Parts
 
 INIT, TRAIN, PREDICT = range(3)  # what a member is used for
+APART = 1.0  # nats, see train_guarded
 
 
 class Plan(NamedTuple):
@@ -38,6 +40,7 @@ class Hyper(NamedTuple):
     learning_rate: Any
     weight_decay: Any
     dropout: Any
+    collecting: Any = 0.0  # learning rate while iterates are collected, a share of the first
 
 
 class Batch(NamedTuple):
@@ -55,11 +58,14 @@ class Algorithm(NamedTuple):
       init: from parameters and hyper-parameters, the state before the first step.
       step: from a key, a state, hyper-parameters and a batch, the next state.
       snapshots: epochs after which the state is set aside.
+      collecting: numbers of the epochs of a second part, after those of the plan, at the learning
+        rate ``hyper.collecting``; none where there is one part alone.
     """
 
     init: Callable[[Any, Hyper], Any]
     step: Callable[[jax.Array, Any, Hyper, Batch], Any]
     snapshots: Collection[int] = ()
+    collecting: range = range(0)
 
 
 class Runs(NamedTuple):
@@ -91,30 +97,104 @@ def runs(candidates: Iterable[tuple[int, Hyper]], members: int) -> Runs:
 
 
 def train(
-    label: str, algorithm: Algorithm, plan: Plan, parts: Parts, side_by_side: Runs
+    label: str,
+    algorithm: Algorithm,
+    plan: Plan,
+    parts: Parts,
+    side_by_side: Runs,
+    *,
+    epochs: range | None = None,
+    after: Trained | None = None,
 ) -> Trained:
-    """Train all runs; ``label`` stands beside the progress bar."""
+    """Train all runs.
+
+    Args:
+      label: what stands beside the progress bar.
+      algorithm: how a run trains.
+      plan: sizes and lengths.
+      parts: rows of all splits.
+      side_by_side: the runs.
+      epochs: numbers of the epochs to train for, by default those of both parts.
+      after: the same runs as they stood before these epochs; by default new networks.
+    """
     params = _networks(side_by_side.member, side_by_side.split, parts.x.shape[-1], plan.hidden)
     first = jax.tree.map(lambda leaf: leaf[0], (params, side_by_side.hyper))
     axes = swagjax.member_axes(jax.eval_shape(algorithm.init, *first))
-    state = jax.jit(jax.vmap(algorithm.init, out_axes=axes))(params, side_by_side.hyper)
+    if after is None:
+        state = jax.jit(jax.vmap(algorithm.init, out_axes=axes))(params, side_by_side.hyper)
+    else:
+        is_axis = functools.partial(operator.is_, None)
+        state = jax.tree.map(
+            lambda a, x: x[0] if a is None else x, axes, after.state, is_leaf=is_axis
+        )
     epoch_of_all = _epoch(algorithm, plan, side_by_side, axes)
     data = jax.device_put((parts.x, parts.y, parts.rows))
+    mapped = jax.vmap(lambda x: x, in_axes=(axes,))  # with a leading axis in every leaf
     aside = []
-    with progress.bar(label, plan.epochs, "epochs") as show:
-        for epoch in range(1, plan.epochs + 1):
+    epochs = epochs or range(1, plan.epochs + len(algorithm.collecting) + 1)
+    with progress.bar(label, epochs[-1], "epochs") as show:
+        for epoch in epochs:
             state = epoch_of_all(epoch, state, data)
             if epoch in algorithm.snapshots:
-                aside.append(jax.tree.map(jnp.copy, state))  # the next epoch reuses its memory
+                aside.append(jax.tree.map(jnp.copy, mapped(state)))  # its memory is reused
             jax.block_until_ready(state)
             show(label, epoch)
     snapshots = jax.tree.map(lambda *xs: jnp.stack(xs, 1), *aside) if aside else ()
-    return Trained(jax.vmap(lambda x: x, in_axes=(axes,))(state), snapshots)
+    return Trained(mapped(state), snapshots)
+
+
+def train_guarded(
+    label: str, algorithm: Algorithm, plan: Plan, parts: Parts, side_by_side: Runs
+) -> tuple[Runs, Trained]:
+    """Train both parts, the second anew at lower rates in runs whose averaged weights fell apart.
+
+    They have where their NLL on the train rows is above that of the settled weights by more than
+    ``APART``. Each time the rate is a quarter of the last; the last time it is 0.
+
+    Returns:
+      The runs with the rates that were used, and what was trained.
+    """
+    first = train(label, algorithm, plan, parts, side_by_side, epochs=range(1, plan.epochs + 1))
+    if not algorithm.collecting:
+        return side_by_side, first
+
+    def second(runs: Runs) -> Trained:
+        after = jax.tree.map(jnp.copy, first)  # the second part works in its memory
+        return train(label, algorithm, plan, parts, runs, epochs=algorithm.collecting, after=after)
+
+    runs, trained = side_by_side, second(side_by_side)
+    settled = _train_nll(first.state.params, runs.split, parts)
+    for factor in (1 / 4, 1 / 4, 0.0):
+        mean = swagjax.get_state(trained.state.opt_state).mean
+        apart = ~(_train_nll(mean, runs.split, parts) - settled < APART)  # also of NaN
+        if not apart.any():
+            break
+        rates = jnp.where(apart, factor, 1.0) * runs.hyper.collecting
+        runs = runs._replace(hyper=runs.hyper._replace(collecting=rates))
+        trained = jax.tree.map(functools.partial(_choose, apart), second(runs), trained)
+    return runs, trained
 
 
 def key(member: Any, split: Any, purpose: int) -> jax.Array:
     """The random key of a member on a split for one of INIT, TRAIN and PREDICT."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(member), split), purpose)
+
+
+def _choose(where: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+    return jnp.where(where.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+
+
+@jax.jit
+def _train_nll(params: Any, splits: jax.Array, parts: Parts) -> jax.Array:
+    """NLL of every run on the train rows of its split, in nats of standardised targets."""
+
+    def of_run(run: Any) -> jax.Array:
+        params, split = run
+        density = network.log_density(params, parts.x[split], parts.y[split])
+        real = jnp.arange(len(density)) < parts.rows[split]
+        return -jnp.where(real, density, 0).sum() / parts.rows[split]
+
+    return jax.lax.map(of_run, (params, splits))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.regression import algorithms, training
 from benchmarks.regression.data import Parts
-from benchmarks.regression.methods import METHODS, Calibration, Draw, outputs
+from benchmarks.regression.methods import Calibration, Method, outputs
 from benchmarks.regression.training import Hyper, Plan
 from benchmarks.stages import Stage
 from swagjax import metrics
@@ -21,12 +21,22 @@ class Grid(NamedTuple):
     """What is tried: every combination, but that dropout rates take the place of weight decays.
 
     Dropout is a regulariser itself, and so all algorithms have grids of one size; it is trained
-    with the least weight decay.
+    with the least weight decay. An algorithm of two parts tries every combination at all but the
+    longest of the epochs, each with a second part at every rate of collecting; the longest is what
+    the two parts take together, for the others to have as much.
+
+    Attributes:
+      learning_rates: of the first step.
+      weight_decays: L2 penalties.
+      dropouts: rates of MC-dropout.
+      collecting: learning rates of the second part, as shares of that of the first step.
+      epochs: lengths of a run.
     """
 
     learning_rates: tuple[float, ...]
     weight_decays: tuple[float, ...]
     dropouts: tuple[float, ...]
+    collecting: tuple[float, ...]
     epochs: tuple[int, ...]
 
 
@@ -49,8 +59,8 @@ def shortened(plan: Plan, parts: Parts, epochs: int) -> Plan:
 
 
 def choose(
+    methods: Mapping[str, Method],
     names: Sequence[str],
-    calibrations: Mapping[str, Calibration],
     grid: Grid,
     plan: Plan,
     held_out: Parts,
@@ -60,8 +70,8 @@ def choose(
     """For every method a choice per split, by the least NLL on its held-out rows.
 
     Args:
-      names: methods.
-      calibrations: what each tries after training.
+      methods: all there are.
+      names: of those that are compared.
       grid: what all try in training, side by side.
       plan: sizes and lengths of the final training.
       held_out: train rows to train on and train rows to choose by; where all splits come several
@@ -69,18 +79,17 @@ def choose(
       splits: how many there are.
       stage: runs a computation, or remembers what it gave.
     """
-    deciding = dict.fromkeys(METHODS[name].chosen_as or name for name in names)
+    deciding = dict.fromkeys(methods[name].chosen_as or name for name in names)
     chosen: dict[str, list[Choice]] = {}
-    for algorithm in dict.fromkeys(METHODS[name].algorithm for name in deciding):
-        group = [name for name in deciding if METHODS[name].algorithm is algorithm]
-        tried = {name: calibrations[name] for name in group}
-        chosen |= _of_algorithm(algorithm, tried, grid, plan, held_out, splits, stage)
-    return {name: chosen[METHODS[name].chosen_as or name] for name in names}
+    for algorithm in dict.fromkeys(methods[name].algorithm for name in deciding):
+        group = {name: methods[name] for name in deciding if methods[name].algorithm is algorithm}
+        chosen |= _of_algorithm(algorithm, group, grid, plan, held_out, splits, stage)
+    return {name: chosen[methods[name].chosen_as or name] for name in names}
 
 
 def _of_algorithm(
     algorithm: Any,
-    calibrations: dict[str, Calibration],
+    methods: dict[str, Method],
     grid: Grid,
     plan: Plan,
     held_out: Parts,
@@ -88,22 +97,24 @@ def _of_algorithm(
     stage: Stage,
 ) -> dict[str, list[Choice]]:
     """The choices of methods that share a search; where there is no choice, nothing is trained."""
-    hypers = _hypers(grid, algorithm)
-    options = {name: _options(hypers, grid, tried) for name, tried in calibrations.items()}
-    first = {name: [of[0]] * splits for name, of in options.items()}
-    searched = {name: calibrations[name] for name, of in options.items() if len(of) > 1}
+    hypers, rates, lengths = _hypers(grid, algorithm), *_parts(grid, algorithm)
+    every = itertools.product(lengths, hypers, rates)
+    trained = [(hyper._replace(collecting=rate), epochs) for epochs, hyper, rate in every]
+    options = {name: _options(trained, method.tried) for name, method in methods.items()}
+    only = {name: [of[0]] * splits for name, of in options.items()}
+    searched = {name: methods[name] for name, of in options.items() if len(of) > 1}
     if not searched:
-        return first
+        return only
     tables = [
         stage(
             f"search, {algorithm.__name__}, {epochs} epochs",
-            partial(_search, algorithm, hypers, epochs, searched, plan, held_out),
+            partial(_search, algorithm, hypers, rates, epochs, searched, plan, held_out),
         )
-        for epochs in grid.epochs
+        for epochs in lengths
     ]
     nll = {name: np.concatenate([of[name] for of in tables], axis=1) for name in searched}
     best = {name: _least(nll[name].reshape(-1, splits, len(options[name]))) for name in searched}
-    return first | {name: [options[name][i] for i in best[name]] for name in searched}
+    return only | {name: [options[name][i] for i in best[name]] for name in searched}
 
 
 def _least(nll: np.ndarray) -> np.ndarray:
@@ -112,10 +123,17 @@ def _least(nll: np.ndarray) -> np.ndarray:
     return np.argmin(np.where(np.isfinite(mean), mean, np.inf), axis=1)
 
 
-def _options(hypers: list[Hyper], grid: Grid, calibration: Calibration) -> list[Choice]:
+def _options(trained: list[tuple[Hyper, int]], calibration: Calibration) -> list[Choice]:
     """All choices of a method, in the order of the tables of ``_search``."""
-    every = itertools.product(grid.epochs, hypers, calibration.scales, calibration.noises)
-    return [Choice(hyper, epochs, scale, noise) for epochs, hyper, scale, noise in every]
+    every = itertools.product(trained, calibration.scales, calibration.noises)
+    return [Choice(*of, scale, noise) for of, scale, noise in every]
+
+
+def _parts(grid: Grid, algorithm: Any) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Rates of collecting, and lengths of the run or of its first part."""
+    if algorithm is algorithms.settled_sgd:
+        return grid.collecting, grid.epochs[:-1]
+    return (0.0,), grid.epochs
 
 
 def _hypers(grid: Grid, algorithm: Any) -> list[Hyper]:
@@ -128,31 +146,40 @@ def _hypers(grid: Grid, algorithm: Any) -> list[Hyper]:
 def _search(
     algorithm: Any,
     hypers: list[Hyper],
+    rates: tuple[float, ...],
     epochs: int,
-    calibrations: dict[str, Calibration],
+    methods: dict[str, Method],
     plan: Plan,
     parts: Parts,
 ) -> dict[str, list[list[float]]]:
-    """NLL of every method ``(splits, candidates * scales * noises)`` on the held-out rows."""
+    """NLL of every method ``(splits, candidates * rates * scales * noises)`` on held-out rows."""
     plan = shortened(plan, parts, epochs)
     splits = range(len(parts.rows))
     runs = training.runs([(split, hyper) for split in splits for hyper in hypers], members=1)
-    label = f"search: {algorithm.__name__.replace('_', ' ')}"
-    trained = training.train(label, algorithm(plan), plan, parts, runs)
+    label, steps = f"search: {algorithm.__name__.replace('_', ' ')}", algorithm(plan)
+    first = training.train(label, steps, plan, parts, runs, epochs=range(1, plan.epochs + 1))
+    of_rates = []
+    for rate in rates:
+        runs = runs._replace(hyper=runs.hyper._replace(collecting=jnp.full(len(runs.split), rate)))
+        trained = first
+        if steps.collecting:
+            # A copy, as the second part works in the memory of the first.
+            parted = {"epochs": steps.collecting, "after": jax.tree.map(jnp.copy, first)}
+            trained = training.train(f"{label}, {rate:g}", steps, plan, parts, runs, **parted)
+        found = {name: _nll(method, plan, parts, runs, trained) for name, method in methods.items()}
+        of_rates.append(
+            {name: of.reshape(len(splits), len(hypers), -1) for name, of in found.items()}
+        )
     return {
-        name: _nll(METHODS[name].draw, calibration, plan, parts, runs, trained)
-        .reshape(len(splits), -1)
-        .tolist()
-        for name, calibration in calibrations.items()
+        name: np.stack([of[name] for of in of_rates], 2).reshape(len(splits), -1).tolist()
+        for name in methods
     }
 
 
-def _nll(
-    draw: Draw, calibration: Calibration, plan: Plan, parts: Parts, runs: Any, trained: Any
-) -> np.ndarray:
+def _nll(method: Method, plan: Plan, parts: Parts, runs: Any, trained: Any) -> np.ndarray:
     """NLL ``(runs, scales, noises)`` of the moment-matched Gaussian, of standardised targets."""
     x, y = jnp.asarray(parts.test_x), jnp.asarray(parts.test_y)  # parts of one size: no padding
-    scales, noises = map(jnp.array, calibration)
+    scales, noises = map(jnp.array, method.tried)
 
     def of_run(one: Any) -> jax.Array:
         run, member = one
@@ -160,7 +187,7 @@ def _nll(
         alone = jax.tree.map(lambda leaf: leaf[None], (key, member, run.hyper))
 
         def of_scale(scale: jax.Array) -> jax.Array:
-            means, variances = outputs(draw, plan.num_samples, *alone, scale, x[run.split])
+            means, variances = outputs(method.draw, plan.num_samples, *alone, scale, x[run.split])
 
             def of_noise(noise: jax.Array) -> jax.Array:
                 moments = metrics.moment_match(means, noise * variances)
