@@ -372,7 +372,12 @@ def _holes(tree: Any) -> dict[str, str]:
 
 def _template(like: Any) -> SWAGState:
     """What ``get_state`` finds after ``swag(...).init(like)``, with abstract arrays."""
-    return get_state(jax.eval_shape(swag(2).init, like))
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        # result_type narrows float64 without x64; from JAX 0.12 eval_shape warns where it does so
+        return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
+
+    return get_state(jax.eval_shape(swag(2).init, jax.tree.map(leaf, like)))
 
 
 def _rebuild(field: str, template: Any, tensors: Mapping[str, NDArray[Any]]) -> Any:
