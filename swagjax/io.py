@@ -53,7 +53,8 @@ def save(path: _StrPath, state: SWAGState, *, metadata: Mapping[str, str] | None
     the file that was there before, and a temporary folder beside it.
 
     Args:
-      path: the file; one that exists is replaced.
+      path: the file; one that exists is replaced, and where the path is a symbolic link, the file
+        that it points to.
       state: what a transformation collected, or an optimizer state that holds one; also of members
         stacked by ``vmap``. Sharded arrays are gathered in the memory of the host.
       metadata: text to keep with it, such as the name of the model.
@@ -62,7 +63,7 @@ def save(path: _StrPath, state: SWAGState, *, metadata: Mapping[str, str] | None
       ValueError: for metadata that is not text, leaves whose paths read the same, dtypes other than
         float16, bfloat16, float32 and float64, counters and shapes that do not belong together, and
         arrays with parts on other hosts.
-      OSError: where the file cannot be written.
+      OSError: where the file cannot be written, or the path is a folder or a device.
 
     Example:
       >>> import pathlib, tempfile, jax.numpy as jnp, swagjax
@@ -168,19 +169,27 @@ def from_torch(
 ) -> SWAGState:
     """Make a state of a checkpoint of the authors' PyTorch code, so that it can be sampled here.
 
-    Their ``SWAG`` keeps of a parameter ``w`` the buffers ``w_mean``, ``w_sq_mean`` and, with a
-    covariance, ``w_cov_mat_sqrt``, whose rows are the last deviations from the running mean, the
-    oldest first; and ``n_models``, the number of iterates. With them:
+    Their ``SWAG`` in ``swa_gaussian`` keeps of a parameter ``w`` the buffers ``w_mean``,
+    ``w_sq_mean`` and, with a covariance, ``w_cov_mat_sqrt``, whose rows are the last deviations
+    from the running mean, the oldest first; and ``n_models``, the number of iterates. With them:
 
         mean       = w_mean
         variance   = max(w_sq_mean - w_mean^2, 0)     (in float64)
         deviations = rows of w_cov_mat_sqrt, in the order of the ring
         num_collected = num_updates = n_models,  num_skipped = 0
 
+    Their ``SWAG`` in ``drbayes`` (subspace inference) keeps the same of all parameters at once:
+    the vectors ``mean`` and ``sq_mean`` and the rows of ``subspace.cov_mat_sqrt``. They are cut by
+    the shapes of ``base_model.*``, in the order of the state dict; ``name`` then gives keys such as
+    ``"base_model.fc.weight"``.
+
+    The two clamp ``w_sq_mean - w_mean^2`` from below, ``swa_gaussian`` at 1e-30 and ``drbayes`` at
+    1e-6, which is ``min_variance=1e-6`` here and matters: weights often vary less.
+
     Their second moment is not centred: a float32 checkpoint knows the variance of a weight to about
-    1e-7 times the square of that weight. Their ``scale=0.5`` is ``scale=1.0`` here. Their low-rank
-    part is divided by ``max_num_models - 1`` even where fewer were collected, ours by the number
-    held less one.
+    1e-7 times the square of that weight. Their ``scale=0.5`` is ``scale=1.0`` here. The low-rank
+    part is divided by the number of deviations held less one, here and in ``drbayes``;
+    ``swa_gaussian`` divides by ``max_num_models - 1`` even where fewer were collected.
 
     Where PyTorch is installed, ``torch.load(path, map_location="cpu", weights_only=True)`` and
     ``{k: v.numpy() for k, v in checkpoint["state_dict"].items()}`` give the arrays;
@@ -189,6 +198,8 @@ def from_torch(
     Args:
       arrays: the state dict, its values NumPy arrays. Buffers of BatchNorm, ``running_mean``,
         ``running_var`` and ``num_batches_tracked``, are passed over; any other key has to be used.
+        The vectors of ``drbayes`` need the order of the state dict, which ``numpy.savez`` keeps and
+        safetensors does not.
       like: the parameters, arrays or ``jax.ShapeDtypeStruct``; leaves that are ``None`` or
         ``optax.MaskedNode`` are left out.
       name: a function from the path of a leaf, such as ``"Dense_0/kernel"``, to the key of its
@@ -204,7 +215,8 @@ def from_torch(
 
     Raises:
       ValueError: for keys that are missing, used twice or not at all, for shapes that do not agree,
-        and for a bad ``rank`` or ``n_models``.
+        for a linear layer that seems to read a flattened convolution and whose layout
+        ``flax_names`` chose, and for a bad ``rank`` or ``n_models``.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np, swagjax
@@ -226,8 +238,10 @@ def from_torch(
       (3, 2)
 
     Source: Maddox et al. 2019, algorithm 1, as in github.com/wjmaddox/swa_gaussian,
-    ``swag/posteriors/swag.py``.
+    ``swag/posteriors/swag.py``; Izmailov et al. 2019, as in github.com/wjmaddox/drbayes,
+    ``subspace_inference/posteriors/swag.py``.
     """
+    arrays = _by_parameter(arrays)
     template = _template(like)
     held = _held(template.mean)
     parameters = {path: _parameter(name, path) for path in held}
@@ -236,6 +250,7 @@ def from_torch(
         raise ValueError(f"rank={rank}: arrays holds no deviations ({_RING}); leave rank out")
     keys = {path: key for path, (key, _) in parameters.items()}
     _check_keys(arrays, keys, has_ring)
+    _check_flattened(arrays, parameters)
     count = _count(arrays)
     source = _source(arrays, keys.values(), count, rank) if has_ring else None
     tensors = {}
@@ -262,25 +277,31 @@ def flax_names(modules: Mapping[str, str]) -> Callable[[str], tuple[str, Layout 
         special = {"Dense_0/kernel": ("base.fc.weight", io.flattened_kernel(16, 5, 5))}
         from_torch(arrays, params, lambda path: special.get(path) or names(path))
 
+    The first linear layer after convolutions is the usual case: flattened, an image of theirs is
+    (C, H, W) and one of flax (H, W, C). ``from_torch`` asks for the layout of a linear layer with a
+    multiple of the channels as inputs, where a convolution comes before it in the state dict; it
+    cannot tell where the layers were defined in another order.
+
     Args:
       modules: from the path of a module in the parameters, such as ``"Block_0/Conv_0"``, to its
         name in the state dict, such as ``"base.layer1.0.conv1"`` (the authors' ``SWAG`` puts
-        ``base.`` before all of them).
+        ``base.`` before all of them, or ``base_model.``).
 
     Returns:
       The argument ``name`` of ``from_torch``. It raises ``ValueError`` for other paths.
 
     Example:
+      >>> import numpy as np
       >>> from swagjax import io
       >>> names = io.flax_names({"Conv_0": "base.conv1", "BatchNorm_0": "base.bn1"})
       >>> names("BatchNorm_0/scale")
       ('base.bn1.weight', None)
       >>> key, layout = names("Conv_0/kernel")
-      >>> key, layout is io.kernel
-      ('base.conv1.weight', True)
+      >>> key, layout(np.zeros((16, 6, 5, 3))).shape
+      ('base.conv1.weight', (5, 3, 6, 16))
     """
     leaves = {
-        "kernel": ("weight", kernel),
+        "kernel": ("weight", _chosen_kernel),
         "scale": ("weight", None),
         "embedding": ("weight", None),
         "bias": ("bias", None),
@@ -453,6 +474,9 @@ def _check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _write(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
     """Write beside the file, then rename: under its name a file is whole or not there."""
+    path = Path(os.path.realpath(path))  # the rename would replace a symbolic link, not its target
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} cannot be replaced by a file: it is a folder or a device")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".swagjax-") as folder:
         new = Path(folder) / "state"
         new.touch()
@@ -605,7 +629,87 @@ def _parameter(
         raise ValueError(
             f"name({path!r}) does not return a key and a layout: {type(error).__name__} {error}"
         ) from error
+    if not isinstance(key, str):
+        raise ValueError(f"name({path!r}) returns the key {_short(repr(key))}: keys are strings")
     return key, layout
+
+
+def _chosen_kernel(weight: NDArray[Any]) -> NDArray[Any]:
+    """``kernel`` where ``flax_names`` chose it, not the user: see ``_check_flattened``."""
+    return kernel(weight)
+
+
+def _by_parameter(arrays: Mapping[str, ArrayLike]) -> Mapping[str, ArrayLike]:
+    """The buffers of each parameter, also where the checkpoint has one vector of all of them."""
+    strange = [key for key in arrays if not isinstance(key, str)]
+    if strange:
+        raise ValueError(
+            f"arrays has the key {_short(repr(strange[0]))}: the keys of a state dict are strings"
+        )
+    prefixes = [key[: -len("sq_mean")] for key in arrays if key.rpartition(".")[2] == "sq_mean"]
+    return _cut_vectors(arrays, prefixes[0]) if prefixes else arrays
+
+
+def _cut_vectors(arrays: Mapping[str, ArrayLike], prefix: str) -> dict[str, ArrayLike]:
+    """``mean``, ``sq_mean`` and the rows of ``subspace.cov_mat_sqrt`` cut into the parameters."""
+    endings = {"mean": "_mean", "sq_mean": "_sq_mean", "subspace.cov_mat_sqrt": _RING}
+    vectors = {prefix + name: end for name, end in endings.items() if prefix + name in arrays}
+    shapes = _shapes_in_order(arrays, prefix)
+    stops = np.cumsum([0, *(math.prod(shape) for shape in shapes.values())])
+    used = {*vectors, *shapes, prefix + "subspace.rank"}
+    cut = {key: array for key, array in arrays.items() if key not in used}
+    for key, ending in vectors.items():
+        vector = np.asarray(arrays[key])
+        if vector.shape[-1:] != (stops[-1],):
+            raise ValueError(
+                f"{key!r} has shape {list(vector.shape)}, and the {len(shapes)} parameters "
+                f"{prefix}base_model.* have {stops[-1]} entries: leave out buffers and tied weights"
+            )
+        for (name, shape), start, stop in zip(shapes.items(), stops, stops[1:], strict=False):
+            part = vector[..., start:stop]
+            cut[name + ending] = part if ending == _RING else part.reshape(shape)
+    return cut
+
+
+def _shapes_in_order(arrays: Mapping[str, ArrayLike], prefix: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters in the order of the vectors, which is that of the state dict."""
+    if prefix + "subspace.num_models" in arrays:
+        raise ValueError(
+            "arrays is of a FreqDirSpace, which keeps a sketch of the deviations: leave out the "
+            "keys subspace.* to read it as SWAG-Diag"
+        )
+    base, keys = prefix + "base_model.", list(arrays)
+    names = [k for k in keys if k.startswith(base) and k.rpartition(".")[2] not in _BATCH_NORM]
+    if names and prefix + "mean" in arrays and keys.index(names[0]) < keys.index(prefix + "mean"):
+        raise ValueError(
+            f"arrays is not in the order of the state dict, where {prefix + 'mean'!r} comes before "
+            f"{names[0]!r}: its vectors cannot be cut; carry it by numpy.savez, not by safetensors"
+        )
+    return {name: np.shape(arrays[name]) for name in names}
+
+
+def _check_flattened(
+    arrays: Mapping[str, ArrayLike], parameters: Mapping[str, tuple[str, Layout | None]]
+) -> None:
+    """Ask for the layout of a linear layer whose inputs are a multiple of the channels before it.
+
+    Theirs is a flattened (C, H, W) then, ours (H, W, C), and only the sizes show it. Sizes of
+    features met before, such as those of a BatchNorm or of another linear layer, are no image.
+    """
+    users = {key + "_mean": (path, layout) for path, (key, layout) in parameters.items()}
+    channels, met = 0, set[int]()
+    for buffer in (buffer for buffer in arrays if buffer in users):
+        (path, layout), shape = users[buffer], np.shape(arrays[buffer])
+        inputs = shape[1] if len(shape) == 2 and layout is _chosen_kernel else 0
+        if channels > 1 and inputs > 0 and inputs % channels == 0 and inputs not in met:
+            raise ValueError(
+                f"{path!r} has {inputs} inputs, {inputs // channels} times the {channels} channels "
+                "of the convolution before: if they are a flattened image, their order in flax is "
+                f"another. Give the layout swagjax.io.flattened_kernel({channels}, height, width), "
+                "or swagjax.io.kernel if they are not, as in the docstring of flax_names"
+            )
+        channels = shape[0] if len(shape) > 2 else channels
+        met.update(shape if layout is None else shape[:1])
 
 
 def _check_keys(arrays: Mapping[str, Any], keys: Mapping[str, str], has_ring: bool) -> None:

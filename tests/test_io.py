@@ -1,5 +1,6 @@
 import functools
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -368,6 +369,35 @@ def test_file_has_the_mode_of_any_new_file_or_of_the_one_it_replaces(path):
     path.chmod(0o640)
     io.save(path, state)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path, monkeypatch, exists):
+    """It was the link that was replaced, by a file of its own; the target kept the old state."""
+    state = swagjax.swa().init(jnp.zeros(2))
+    (tmp_path / "runs").mkdir()
+    target, link = tmp_path / "runs" / "7", tmp_path / "latest"
+    link.symlink_to("runs/7")
+    if exists:
+        io.save(target, state, metadata={"a": "old"})
+    monkeypatch.chdir(tmp_path)
+    io.save("latest", state, metadata={"a": "new"})
+    assert link.readlink() == pathlib.Path("runs/7")
+    assert not target.is_symlink()
+    assert io.read_metadata(target) == io.read_metadata(link) == {"a": "new"}
+    assert sorted(x.name for x in tmp_path.rglob("*")) == ["7", "latest", "runs"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes")
+def test_what_is_no_file_is_not_replaced(path):
+    """A pipe, or as root /dev/null, was replaced by the file."""
+    os.mkfifo(path)
+    for each in (path, path.parent):
+        with pytest.raises(OSError, match="cannot be replaced by a file"):
+            io.save(each, swagjax.swa().init(jnp.zeros(2)))
+    assert path.is_fifo()
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_missing_folder_and_missing_file_are_os_errors(tmp_path):
@@ -836,6 +866,149 @@ def test_dtypes_are_those_of_our_own_state():
         np.testing.assert_array_equal(state.mean["Conv_0"]["bias"], arrays["base.conv.bias_mean"])
 
 
+# Their other repository, drbayes: all parameters in one vector, in the order of the state dict.
+
+
+def torch_subspace(iterates, max_rank):
+    """The state dict of their subspace SWAG after collecting the iterates."""
+    points = np.stack([np.concatenate([w.ravel() for w in x.values()]) for x in iterates])
+    means = np.cumsum(points, 0) / np.arange(1, len(points) + 1)[:, None]
+    rows = (points - means)[-max_rank:]
+    base = {
+        key.replace("base.", "base_model."): w for key, w in {**iterates[-1], **BUFFERS}.items()
+    }
+    return {
+        "mean": points.mean(0),
+        "sq_mean": (points**2).mean(0),
+        "n_models": np.array([len(points)]),
+        **base,
+        "subspace.rank": np.array([len(rows)]),
+        "subspace.cov_mat_sqrt": rows,
+    }
+
+
+def subspace_names(path):
+    key, layout = names(path)
+    return key.replace("base.", "base_model."), layout
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 4), (6, 4)])
+def test_their_vectors_of_all_parameters_are_cut(x64, count, held):
+    iterates = torch_iterates(count)
+    state = io.from_torch(torch_subspace(iterates, held), like(), subspace_names)
+    points = matrix(iterates)
+    np.testing.assert_allclose(oracle.flatten(state.mean), points.mean(0), rtol=1e-12)
+    wanted = oracle.covariance("swag", points, held)
+    np.testing.assert_allclose(covariance(state), wanted, rtol=1e-9, atol=1e-12)
+    assert_close(state, our_run(min(count, held), iterates))
+    prefixed = {f"module.{key}": array for key, array in torch_subspace(iterates, held).items()}
+    again = io.from_torch(
+        prefixed,
+        like(),
+        lambda path: (f"module.{subspace_names(path)[0]}", subspace_names(path)[1]),
+    )
+    assert_same(again, state)
+
+
+def test_their_vectors_without_deviations_are_a_diagonal_state(x64):
+    iterates = torch_iterates(4)
+    arrays = torch_subspace(iterates, 4)
+    del arrays["subspace.rank"], arrays["subspace.cov_mat_sqrt"]
+    assert_close(io.from_torch(arrays, like(), subspace_names), our_run(None, iterates))
+
+
+def test_their_clamp_of_the_variance_is_our_min_variance(x64):
+    """Of weights with a variance below it, it makes most of what they sample."""
+    iterates = [{k: 3e-4 * w for k, w in x.items()} for x in torch_iterates(5)]
+    arrays = torch_subspace(iterates, 4)
+    clamped = np.maximum(arrays["sq_mean"] - arrays["mean"] ** 2, 1e-6)
+    theirs = 0.5 * (clamped + (arrays["subspace.cov_mat_sqrt"] ** 2).sum(0) / (4 - 1))
+    state = io.from_torch(arrays, like(), subspace_names)
+    ours = swagjax.variance(state, min_variance=1e-6)
+    stops = np.cumsum([math.prod(shape) for shape in TORCH.values()])[:-1]
+    parts = [x.reshape(s) for x, s in zip(np.split(theirs, stops), TORCH.values(), strict=True)]
+    wanted = to_flax(dict(zip(TORCH, parts, strict=True)))
+    np.testing.assert_allclose(oracle.flatten(ours), oracle.flatten(wanted), rtol=1e-9)
+    assert np.median(oracle.flatten(ours) / oracle.flatten(swagjax.variance(state))) > 1.5
+
+
+def test_their_vectors_are_refused_where_they_cannot_be_cut():
+    arrays = torch_subspace(torch_iterates(3), 4)
+    for match, bad in {
+        # as safetensors gives them back: cut in that order, they would be permuted
+        "not in the order of the state dict.*'mean'.*numpy.savez": dict(sorted(arrays.items())),
+        r"'mean' has shape \[129\], and the 8 .* base_model\.\* have 128 entries": arrays
+        | {"mean": np.zeros(129)},
+        "have 131 entries: leave out buffers": arrays | {"base_model.more": np.zeros(3)},
+        "FreqDirSpace.*SWAG-Diag": arrays | {"subspace.num_models": np.array([9])},
+        "no leaf of like takes: 'subspace.other'": arrays | {"subspace.other": np.zeros(1)},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            io.from_torch(bad, like(), subspace_names)
+
+
+# A linear layer that reads an image: flattened in another order here, which shapes do not show.
+
+
+def layers(**shapes):
+    """The buffers of layers with these weights, in this order, and the parameters of flax."""
+    arrays, params = {"n_models": np.array([1])}, {}
+    for layer, shape in shapes.items():
+        for end in ("_mean", "_sq_mean"):
+            arrays[f"{layer}.weight{end}"] = np.zeros(shape)
+        name = "kernel" if len(shape) > 1 else "scale"
+        params[layer] = {name: jnp.zeros(io.kernel(np.zeros(shape)).shape if shape[1:] else shape)}
+    return arrays, params
+
+
+def read_layers(special=None, **shapes):
+    arrays, params = layers(**shapes)
+    by_hand, chosen = special or {}, io.flax_names({layer: layer for layer in shapes})
+    return io.from_torch(arrays, params, lambda path: by_hand.get(path) or chosen(path))
+
+
+CONV = (4, 3, 2, 2)
+FLATTENED = {
+    "conv2d": {"conv": CONV, "fc": (7, 12)},
+    "conv1d": {"conv": (4, 3, 2), "fc": (7, 12)},
+    "norm between": {"conv": CONV, "norm": (4,), "fc": (7, 12)},
+    "slope of PReLU between": {"conv": CONV, "slope": (1,), "fc": (7, 12)},
+    "linear before": {"first": (12, 5), "conv": CONV, "fc": (7, 24), "out": (5, 7)},
+}
+NOT_FLATTENED = {
+    "mean over the image": {"conv": CONV, "fc": (8, 4), "out": (5, 8)},
+    "channels joined, as in DenseNet": {"conv": CONV, "norm": (12,), "fc": (7, 12)},
+    "one channel": {"conv": (1, 3, 2, 2), "fc": (7, 12)},
+    "no multiple": {"conv": CONV, "fc": (7, 13)},
+    "linear layers before": {"a": (4, 3), "b": (7, 12), "conv": CONV},
+    "hidden layer as wide as a multiple": {"conv": CONV, "fc": (12, 4), "out": (5, 12)},
+}
+
+
+@pytest.mark.parametrize("shapes", FLATTENED.values(), ids=FLATTENED)
+def test_the_layout_of_a_layer_that_reads_a_flattened_image_is_asked_for(shapes):
+    """Its inputs were silently permuted where only ``flax_names`` named it."""
+    inputs = shapes["fc"][1]
+    with pytest.raises(
+        ValueError, match=rf"'fc/kernel' has {inputs} inputs, {inputs // 4} times the 4 channels"
+    ):
+        read_layers(**shapes)
+    for layout in (io.kernel, io.flattened_kernel(4, 1, inputs // 4)):
+        read_layers({"fc/kernel": ("fc.weight", layout)}, **shapes)
+
+
+@pytest.mark.parametrize("shapes", NOT_FLATTENED.values(), ids=NOT_FLATTENED)
+def test_no_layout_is_asked_for_where_no_image_is_flattened(shapes):
+    read_layers(**shapes)
+
+
+def test_every_layer_that_reads_the_image_is_asked_for():
+    heads = {"conv": CONV, "advantage": (5, 12), "value": (1, 12)}
+    special = {"advantage/kernel": ("advantage.weight", io.flattened_kernel(4, 1, 3))}
+    with pytest.raises(ValueError, match="'value/kernel'"):
+        read_layers(special, **heads)
+
+
 WEIGHT = "base.fc.weight"
 
 
@@ -904,6 +1077,9 @@ REFUSED = {
     "no such module": (linear, io.flax_names({"gc": "base.fc"}), "'fc/kernel'.*'gc'"),
     "no such path": (linear, {}.__getitem__, r"name\('fc/kernel'\).*KeyError"),
     "no pair": (linear, lambda path: None, r"name\('fc/kernel'\).*TypeError"),
+    "key of name no string": (linear, lambda path: (0, None), r"name\('fc/kernel'\).*key 0"),
+    "keys no strings": (lambda: linear() | {0: np.zeros(2)}, FC, "arrays has the key 0: .*strings"),
+    "keys no strings but bytes": (lambda: {b"n_models": 2}, FC, "the key b'n_models'"),
     "unused": (
         lambda: linear() | {"base.gc.weight_mean": np.zeros(2), "x": np.zeros(2)},
         FC,
@@ -981,7 +1157,10 @@ def test_bad_ranks(rank, match):
 
 def test_names_of_flax():
     name = io.flax_names({"Block_0/Conv_0": "base.layer.0.conv", "E": "base.e", "": "base"})
-    assert name("Block_0/Conv_0/kernel") == ("base.layer.0.conv.weight", io.kernel)
+    key, layout = name("Block_0/Conv_0/kernel")
+    weight = np.arange(120).reshape(2, 3, 4, 5)
+    assert key == "base.layer.0.conv.weight"
+    np.testing.assert_array_equal(layout(weight), weight.transpose(2, 3, 1, 0))
     assert name("E/embedding") == ("base.e.weight", None)
     assert name("E/scale") == ("base.e.weight", None)
     assert name("bias") == ("base.bias", None)
