@@ -6,12 +6,16 @@ steps, and writes the bytes of its final state to OUT.
 """
 
 import contextlib
+import errno
+import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,15 +276,15 @@ def restored_with_messages(folder):
     return step, run, [str(warning.message) for warning in caught]
 
 
-def assert_refused(folder, runs, why):
+def assert_refused(folder, runs, why, aside="40.refused"):
     """Not 40 is restored but 30, as it was saved, and one message says why."""
     step, run, messages = restored_with_messages(folder)
     assert step == 30
     assert_same(run, runs[30])
     (message,) = messages
     assert message.startswith(f"checkpoint {folder / '40'} is damaged ({why}")
-    assert message.endswith("renamed to 40.refused; that of step 30 is restored")
-    assert {path.name for path in folder.iterdir()} == {"20", "30", "40.refused"}
+    assert message.endswith(f"renamed to {aside}; the checkpoint of step 30 is restored")
+    assert {path.name for path in folder.iterdir()} == {"20", "30", "40.refused", aside}
 
 
 def files_of(path):
@@ -343,10 +347,13 @@ def test_a_lost_folder(name, empty, folder, runs):
     shutil.rmtree(folder / "40" / name)
     if empty:
         (folder / "40" / name).mkdir()
-    if empty or name != ".":
-        assert_refused(folder, runs, "SWAGJAX_CHECKSUMS is missing" if name == "." else "default")
-    else:
-        assert restored_with_messages(folder)[::2] == (30, [])
+    if name != ".":
+        assert_refused(folder, runs, "default")
+        return
+    step, _, messages = restored_with_messages(folder)
+    stays = [f"{folder / '40'} was not written by swagjax.checkpoint.save and stays"] * empty
+    assert (step, [message.split(":")[0] for message in messages]) == (30, stays)
+    assert (folder / "40").exists() == empty  # whose it was, nobody can tell
 
 
 def cut(path):
@@ -376,14 +383,18 @@ def test_where_all_are_damaged_nothing_is_restored_or_moved(folder):
 def test_a_checkpoint_that_orbax_alone_saved_is_refused(tmp_path):
     with ocp.CheckpointManager(tmp_path, options=keep(2)) as manager:
         manager.save(1, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
-    with pytest.raises(RuntimeError, match=r"SWAGJAX_CHECKSUMS is missing .* saved by orbax alone"):
+    with pytest.raises(RuntimeError, match=r"\(1: was not written by swagjax\.checkpoint\.save\)"):
         checkpoint.restore_latest(tmp_path, {"w": jnp.ones(3)})
+    assert {path.name for path in tmp_path.iterdir()} == {"1"}
 
 
-def test_a_refused_step_is_saved_again(folder, runs):
-    for _ in range(2):  # the second time 40.refused is there already
+def test_a_refused_step_is_saved_again_and_one_refused_before_is_kept(folder, runs):
+    """The second one took the name of the first, which was deleted."""
+    for aside in ("40.refused", "40.refused-2"):
         cut(folder / "40")
-        assert_refused(folder, runs, "default/manifest.ocdbt has 0")
+        (folder / "40" / "notes.txt").write_text(aside)
+        assert_refused(folder, runs, "default/manifest.ocdbt has 0", aside)
+        assert (folder / aside / "notes.txt").read_text() == aside
         with ocp.CheckpointManager(folder, options=keep(3)) as manager:
             assert checkpoint.save(manager, 40, advanced(runs[30], 10))
         step, run, messages = restored_with_messages(folder)
@@ -395,6 +406,177 @@ def test_what_others_put_beside_the_files_does_no_harm(folder, runs):
     (folder / "40" / "notes.txt").write_text("a good one")
     (folder / "notes_3").write_text("not a checkpoint")
     assert restored_with_messages(folder)[::2] == (40, [])
+
+
+def contents(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+# whose folders are touched
+
+
+def test_folders_of_others_are_neither_restored_nor_renamed(folder, runs):
+    """Any folder whose name ended in a number was taken for a damaged checkpoint and renamed."""
+    for name in ("events_1700000000", "logs_2024", "ckpt_50"):
+        (folder / name).mkdir()
+        (folder / name / "log").write_text("mine")
+    before = contents(folder)
+    assert restored_with_messages(folder)[::2] == (40, [])
+    assert contents(folder) == before
+    (folder / "2024").mkdir()
+    shutil.copytree(folder / "40", folder / "50")
+    with ocp.CheckpointManager(folder) as manager:
+        manager.save(60, args=ocp.args.StandardSave({"w": jnp.ones(2)}), force=True)
+        assert set(manager.all_steps()) == {20, 30, 40, 50, 60, 2024}
+    before = contents(folder)
+    step, run, messages = restored_with_messages(folder)
+    assert step == 40
+    assert_same(run, runs[40])
+    stays = " and stays: a manager takes it for a step, and saves none up to it; the checkpoint of"
+    assert sorted(message.removesuffix(f"{stays} step 40 is restored") for message in messages) == [
+        f"{folder / '2024'} was not written by swagjax.checkpoint.save",
+        f"{folder / '50'} is a copy of 40",
+        f"{folder / '60'} was not written by swagjax.checkpoint.save",
+    ]
+    assert contents(folder) == before
+
+
+def test_a_folder_without_checkpoints_is_left_alone(tmp_path):
+    (tmp_path / "events_1700000000").mkdir()
+    (tmp_path / "3").mkdir()
+    assert checkpoint.restore_latest(tmp_path, {}) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"events_1700000000", "3"}
+
+
+def test_a_process_killed_before_the_checksums_leaves_one_that_is_refused(folder, runs):
+    """It is told from one that orbax alone saved by the mark in orbax's metadata."""
+    (folder / "40" / "SWAGJAX_CHECKSUMS").unlink()
+    assert_refused(folder, runs, "SWAGJAX_CHECKSUMS is missing (killed while saving)")
+
+
+def prefixed(prefix):
+    return ocp.CheckpointManagerOptions(step_prefix=prefix, enable_async_checkpointing=False)
+
+
+def tree_of(step):
+    return {"w": jnp.full(3, float(step))}
+
+
+def test_checksums_go_into_the_folder_of_the_manager(tmp_path):
+    """They went into a copy with the same number, and the real one was refused."""
+    with ocp.CheckpointManager(tmp_path, options=prefixed("ckpt")) as manager:
+        checkpoint.save(manager, 1, tree_of(1))
+        shutil.copytree(tmp_path / "ckpt_1", tmp_path / "best_1")
+        shutil.copytree(tmp_path / "ckpt_1", tmp_path / "best_2")
+        shutil.copytree(tmp_path / "ckpt_1", tmp_path / "zest_2")
+        before = contents(tmp_path / "best_2")
+        checkpoint.save(manager, 2, tree_of(2))
+    assert contents(tmp_path / "best_2") == contents(tmp_path / "zest_2") == before
+    assert (tmp_path / "ckpt_2" / "SWAGJAX_CHECKSUMS").exists()
+    names = {path.name for path in tmp_path.iterdir()}
+    step, tree = checkpoint.restore_latest(tmp_path, tree_of(0))
+    assert (step, list(tree["w"])) == (2, [2, 2, 2])
+    assert {path.name for path in tmp_path.iterdir()} == names
+    (tmp_path / "ckpt_2" / "default" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match=r"ckpt_2 is damaged .* renamed to ckpt_2\.refused"):
+        assert checkpoint.restore_latest(tmp_path, tree_of(0))[0] == 1
+    assert {path.name for path in tmp_path.iterdir()} == names - {"ckpt_2"} | {"ckpt_2.refused"}
+
+
+def test_two_managers_in_one_folder_are_told_apart_by_their_prefix(tmp_path):
+    for prefix, step in (("ema", 5), ("run", 3), (None, 4)):
+        with ocp.CheckpointManager(tmp_path, options=prefixed(prefix)) as manager:
+            checkpoint.save(manager, step, tree_of(step))
+    with pytest.raises(ValueError, match=r"prefixes \['', 'ema', 'run'\]: say by step_prefix"):
+        checkpoint.restore_latest(tmp_path, tree_of(0))
+    for prefix, step in (("ema", 5), ("run", 3), ("", 4)):
+        assert checkpoint.restore_latest(tmp_path, tree_of(0), step_prefix=prefix)[0] == step
+    assert checkpoint.restore_latest(tmp_path, tree_of(0), step_prefix="other") is None
+
+
+def test_where_nothing_can_be_renamed_the_older_one_is_restored(folder, runs, monkeypatch):
+    """On a read-only disk the damaged one could not be renamed, and nothing was restored."""
+
+    def rename(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    cut(folder / "40")
+    step, run, (message,) = restored_with_messages(folder)
+    assert step == 30
+    assert_same(run, runs[30])
+    assert "and could not be renamed (Read-only file system): a manager saves no step" in message
+    assert {path.name for path in folder.iterdir()} == {"20", "30", "40"}
+
+
+def recorded(content):
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return b"%08x\n%s" % (zlib.crc32(text), text)
+
+
+WRONG = [
+    *(b"", b"\xff", b"[" * 100_000, [], 3),
+    *({"files": 3, "leaves": {}}, {"files": {"a": 1}}, {"files": {"a": [1, 1]}, "leaves": 3}),
+    *({"files": {"a": ["x", 1]}, "leaves": {}}, {"files": {}, "leaves": {}}),
+]
+
+
+def test_checksums_of_right_crc_and_wrong_content_are_refused(folder, runs):
+    """They raised, and no older one was tried."""
+    for content in WRONG:
+        with damage_to(folder / "40"):
+            (folder / "40" / "SWAGJAX_CHECKSUMS").write_bytes(recorded(content))
+            assert_refused(folder, runs, "SWAGJAX_CHECKSUMS is not as it was written")
+
+
+def test_a_folder_in_place_of_the_checksums_is_refused(folder, runs):
+    (folder / "40" / "SWAGJAX_CHECKSUMS").unlink()
+    (folder / "40" / "SWAGJAX_CHECKSUMS").mkdir()
+    assert_refused(folder, runs, "SWAGJAX_CHECKSUMS cannot be read (Is a directory)")
+
+
+def test_a_file_that_cannot_be_read_is_refused(folder, runs, monkeypatch):
+    opened, bad = Path.open, folder / "40" / "default" / "manifest.ocdbt"
+
+    def fail(path, *args, **kwargs):
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
+    assert_refused(folder, runs, f"{bad} cannot be read (Input/output error)")
+
+
+# from before the counters of SWAGState were renamed
+
+
+class OldState(NamedTuple):
+    step: Any
+    count: Any
+    skipped: Any
+    mean: Any
+    variance: Any
+    deviations: Any
+
+
+def test_checkpoints_of_before_the_counters_were_renamed_are_restored(tmp_path):
+    """Their fields are step, count and skipped; the names of their leaves are part of the file."""
+    run = advanced(init(), 12)
+    adam, state = run.opt_state
+    old = run._replace(opt_state=(adam, OldState(*state)))
+    assert ".opt_state[1].count" in as_bytes(old)
+    with ocp.CheckpointManager(tmp_path, options=keep(2)) as manager:
+        checkpoint.save(manager, 12, old)
+    record = tmp_path / "12" / "SWAGJAX_CHECKSUMS"
+    content = json.loads(record.read_bytes().partition(b"\n")[2])
+    del content["name"]  # nor did the record of then say the name of its folder
+    record.write_bytes(recorded(content))
+    step, found = checkpoint.restore_latest(tmp_path, jax.eval_shape(init))
+    assert step == 12
+    assert_same(found, run)
+    assert type(found.opt_state[1]) is swagjax.SWAGState
+    with pytest.raises(ValueError, match="target is another tree"):
+        checkpoint.restore_latest(tmp_path, jax.eval_shape(OTHER_TREES["rank"]))
 
 
 # another tree
