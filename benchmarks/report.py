@@ -136,7 +136,9 @@ def _version(package: str) -> str:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON that people can read and compare."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = path.with_suffix(".tmp")  # whole or not at all, whenever it is killed
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.rename(path)
 
 
 def markdown(content: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ def open_stages(folder: Path, identity: dict[str, Any], resume: bool) -> Stage:
     """A function that computes a stage, or remembers it from the run that is resumed.
 
     Args:
-      folder: where they are kept; emptied unless the run is resumed.
+      folder: where they are kept, in ``stages.json``, replaced unless the run is resumed.
       identity: options that determine the numbers, to be the same in the run that resumes.
       resume: whether to remember.
 
@@ -35,9 +34,9 @@ def open_stages(folder: Path, identity: dict[str, Any], resume: bool) -> Stage:
                 f"--resume: the stages in {path} were made with {name} = {found}, not {wanted}; "
                 "give the same options, or start anew without --resume"
             )
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        path.unlink(missing_ok=True)
 
     def stage(name: str, compute: Callable[[], Any]) -> Any:
         if name not in content["stages"]:

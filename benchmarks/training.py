@@ -157,15 +157,22 @@ def _check_devices(options: Training) -> None:
 def open_checkpoints(folder: Path, options: Training) -> None:
     """Empty the folder of all checkpoints of an experiment; or, to resume, check its options.
 
-    Checkpoints without a record of the options are of a process killed while it emptied the folder.
+    A folder without a record of the options was not made here, and what is in it is not deleted.
     """
     record, wanted = folder / "options.json", json.dumps(identity(options), indent=1)
     if options.resume and record.exists():
         _check_same(record, json.loads(wanted))
         return
+    found = set(folder.iterdir()) if folder.is_dir() else set()
+    if strange := record not in found and found - {record.with_suffix(".tmp")}:
+        raise UsageError(
+            f"--results: {folder} holds {min(strange).name} and no {record.name} of a run: move it "
+            "away, or give another folder"
+        )
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        for path in found - {record}:  # the record goes last, by which a run knows its folder
+            shutil.rmtree(path, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         _write_at_once(record, wanted)
     except OSError as error:
         raise UsageError(
@@ -324,7 +331,7 @@ def _log(path: Path, rates: list[float], first: int) -> Callable[[int, list[floa
     """A function that adds a line of JSON an epoch; epochs done again are written again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.read_text().splitlines()[:first] if first and path.exists() else []
-    path.write_text("".join(f"{line}\n" for line in kept))
+    _write_at_once(path, "".join(f"{line}\n" for line in kept))
     last = time.perf_counter()
 
     def note(epoch: int, losses: list[float]) -> None:

@@ -724,6 +724,7 @@ def test_what_a_method_refuses_is_refused_before_checkpoints_are_deleted(finishe
 
 def test_where_every_checkpoint_is_damaged_one_line_says_so(tmp_path):
     (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "SWAGJAX_CHECKSUMS").touch()
     with pytest.raises(
         options.UsageError, match=r"--resume: .* damaged.*start anew with --no-resume"
     ):
@@ -737,8 +738,17 @@ def test_a_damaged_record_of_the_options_is_refused(left, tmp_path):
         training.open_checkpoints(tmp_path, tiny_options(resume=True))
 
 
-def test_checkpoints_without_a_record_of_their_options_are_not_resumed(tmp_path):
-    (tmp_path / "averaged_sgd" / "3").mkdir(parents=True)
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_no_run_made_is_not_emptied(resume, tmp_path):
+    """Whatever lay under --results in a folder of that name was deleted."""
+    (tmp_path / "notes").mkdir(parents=True)
+    with pytest.raises(options.UsageError, match=r"holds notes and no options\.json"):
+        training.open_checkpoints(tmp_path, tiny_options(resume=resume))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+
+
+def test_a_run_killed_in_its_first_write_starts_anew(tmp_path):
+    (tmp_path / "options.tmp").write_text("{")
     training.open_checkpoints(tmp_path, tiny_options(resume=True))
     assert [p.name for p in tmp_path.iterdir()] == ["options.json"]
 
@@ -777,6 +787,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
 def test_an_unfinished_run_is_not_completed_with_checkpoints_of_an_older_one(tmp_path):
     chosen = tiny_options()
     (tmp_path / "averaged_sgd").mkdir(parents=True)
+    (tmp_path / "options.json").write_text("{}")
     training.open_checkpoints(tmp_path, chosen)
     assert [p.name for p in tmp_path.iterdir()] == ["options.json"]
     (tmp_path / "averaged_sgd").mkdir()

@@ -465,7 +465,9 @@ def test_stages_are_remembered_when_resumed_and_only_then(tmp_path):
     assert again("x", pytest.fail) == [1.5]
     with pytest.raises(options.UsageError, match=r"a = \[1\], not \[2\]"):
         stages.open_stages(tmp_path, {"a": (2,)}, resume=True)
+    (tmp_path / "notes").write_text("of the user, who finds them again")
     stages.open_stages(tmp_path, {"a": (1,)}, resume=False)  # killed in its first stage
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
     anew = stages.open_stages(tmp_path, {"a": (1,)}, resume=True)
     assert anew("x", lambda: [2.5]) == [2.5]
 
