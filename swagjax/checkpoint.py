@@ -26,6 +26,7 @@ from swagjax.transform import SWAGState
 
 _CHECKSUMS = "SWAGJAX_CHECKSUMS"  # this file in the folder of a step, written last
 _METADATA = "_CHECKPOINT_METADATA"  # orbax's, committed with the folder
+_STEP = r"(?:(.*)_)?(\d+)"  # how orbax names the folder of a step: prefix and number
 _MARK = "swagjax"  # in the custom metadata: that it was saved here, and by which call
 
 
@@ -75,6 +76,9 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any) -> bool:
 
     Raises:
       ValueError: where several processes run together; orbax alone saves what is spread over them.
+        Also for a folder that is not on a local disk, and for a ``step_name_format`` whose names do
+        not end in the number of the step.
+      RuntimeError: if something deletes the checkpoint before its checksums are written.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, orbax.checkpoint as ocp
@@ -96,7 +100,12 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any) -> bool:
     # whatever names the manager gives to its steps, and whoever copies them
     path = next((path for path in root.iterdir() if _mark(path) == call), None)
     if path is None:
-        raise RuntimeError(f"the checkpoint of step {step} is gone from {root}: who deleted it?")
+        raise RuntimeError(f"step {step} was deleted from {root} before its checksums were written")
+    if not re.fullmatch(_STEP, path.name):
+        raise ValueError(
+            f"manager names step {step} {path.name!r}, which restore_latest would not find: leave "
+            "out step_name_format, or let names end in the number, as in '12' and 'run_0012'"
+        )
     content = json.dumps(_Record(path.name, _files(path), _kinds(tree))._asdict()).encode()
     unfinished = path / f"{_CHECKSUMS}.tmp"
     unfinished.write_bytes(b"%08x\n%s" % (zlib.crc32(content), content))
@@ -199,7 +208,7 @@ def _local(folder: str | os.PathLike[str]) -> Path:
 def _series(root: Path, step_prefix: str | None) -> _Series:
     """What is named like the steps of the manager, whatever padding it gives to the numbers."""
     paths = [path for path in root.iterdir() if path.is_dir()] if root.exists() else []
-    matches = [(re.fullmatch(r"(?:(.*)_)?(\d+)", path.name), path) for path in paths]
+    matches = [(re.fullmatch(_STEP, path.name), path) for path in paths]
     named = [(match[1] or "", int(match[2]), path) for match, path in matches if match]
     named = [each for each in named if step_prefix in (None, each[0])]
     foreign = {path: why for _, _, path in named if (why := _foreign(path))}

@@ -702,6 +702,43 @@ def test_names_that_a_manager_may_give_to_steps(tmp_path):
     assert (step, list(tree["w"])) == (10, [10, 10, 10])
 
 
+class Dashed:
+    """A naming of the user's own, which orbax allows."""
+
+    def build_name(self, step):
+        return f"step-{step}"
+
+    def find_all(self, base_path):
+        return iter(())
+
+    def find_step(self, base_path, step):
+        return ocp.path.step.Metadata(step=step, path=base_path / self.build_name(step))
+
+
+def test_names_that_would_not_be_found_are_refused_when_saving(tmp_path):
+    options = ocp.CheckpointManagerOptions(step_name_format=Dashed())
+    with (
+        ocp.CheckpointManager(tmp_path, options=options) as manager,
+        pytest.raises(ValueError, match=r"manager names step 3 'step-3'.*end in the number"),
+    ):
+        checkpoint.save(manager, 3, {"w": jnp.ones(2)})
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_saved(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as manager:
+
+        class Deleting:
+            directory, save = manager.directory, staticmethod(manager.save)
+
+            @staticmethod
+            def wait_until_finished():
+                manager.wait_until_finished()
+                shutil.rmtree(tmp_path / "3")
+
+        with pytest.raises(RuntimeError, match=r"step 3 was deleted from .* before its checksums"):
+            checkpoint.save(Deleting, 3, {"w": jnp.ones(2)})
+
+
 def test_a_step_that_the_manager_does_not_save(tmp_path):
     options = ocp.CheckpointManagerOptions(save_interval_steps=2)
     with ocp.CheckpointManager(tmp_path, options=options) as manager:
