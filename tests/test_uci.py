@@ -300,6 +300,72 @@ def test_averaged_sgd_is_momentum_and_the_mean_of_its_iterates(parts):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, atol=1e-5), ours, wanted)
 
 
+SETTLING = training.Plan((4,), 8, epochs=20, start=10, steps=4, rank=3, num_samples=4)
+
+
+def test_settled_sgd_goes_on_from_the_decayed_run_and_collects_at_its_own_rate(parts):
+    """In two parts and in one; the rate of every update is that of the docstring."""
+    hyper = HYPER._replace(collecting=0.3)
+    algorithm, runs = algorithms.settled_sgd(SETTLING), training.runs([(2, hyper)], 1)
+    assert algorithm.collecting == range(21, 26)
+    arguments = "", algorithm, SETTLING, parts, runs
+    first = training.train(*arguments, epochs=range(1, 21))
+    decayed = trained(algorithms.decayed_sgd, parts, [(2, hyper)], plan=SETTLING)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, first.state.params, decayed.state.params)
+    whole = training.train(*arguments)
+    kept = jax.tree.map(jnp.copy, first)
+    two = training.train(*arguments, epochs=algorithm.collecting, after=kept)
+    jax.tree.map(np.testing.assert_array_equal, two.state, whole.state)
+    state = swagjax.get_state(two.state.opt_state)
+    assert state.num_collected == 4  # the first of five epochs is for the rate to rise
+    iterates = []
+    for end in range(21, 26):
+        until = training.train(*arguments, epochs=range(1, end + 1)).state.params
+        iterates.append(until)
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *iterates[1:])
+    jax.tree.map(close, state.mean, mean)
+
+
+def test_the_rate_of_collecting_rises_and_stays(parts):
+    """From plain SGD without momentum on a loss of slope 1, whose updates are the rates."""
+    hyper = training.Hyper(0.5, 0.0, 0.0, collecting=0.2)
+    settled = algorithms.settled_sgd(SETTLING)
+    slope = lambda params: jax.tree.map(jnp.ones_like, params)  # noqa: E731
+    params = network.init(jax.random.key(0), 3, (4,))
+    state, noises = settled.init(params, hyper), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithms.jax, "grad", lambda *_: lambda p, *_: slope(p))
+        step = jax.jit(lambda s: settled.step(jax.random.key(0), s, hyper, None))
+        for _ in range(100):
+            state = step(state)
+            noises.append(float(state.params["noise"]))
+    velocity = -np.diff([0.0, *noises])
+    rates = velocity - 0.9 * np.array([0.0, *velocity[:-1]])  # optax scales the trace by the rate
+    np.testing.assert_allclose(velocity[:4] / 0.5, np.cumsum(0.9 ** np.arange(4)), rtol=1e-4)
+    assert rates[0] == pytest.approx(0.5, rel=1e-4)
+    trace = np.cumsum(0.9 ** np.arange(100))
+    shares = velocity / trace / 0.5
+    np.testing.assert_allclose(shares[72:80], 0.01, rtol=1e-2)
+    np.testing.assert_allclose(shares[80:85], 0.01 + 0.19 * np.arange(5) / 4, rtol=1e-2)
+    np.testing.assert_allclose(shares[84:], 0.2, rtol=1e-2)
+
+
+def test_a_collection_that_falls_apart_is_made_again_at_a_lower_rate(parts):
+    """Beside one that does not, which keeps its rate and its weights."""
+    wild, calm = (HYPER._replace(collecting=rate) for rate in (1e5, 0.3))
+    runs = training.runs([(2, wild), (2, calm)], 1)
+    algorithm = algorithms.settled_sgd(SETTLING)
+    used, found = training.train_guarded("", algorithm, SETTLING, parts, runs)
+    np.testing.assert_allclose(used.hyper.collecting, [0.0, 0.3])
+    mean = swagjax.get_state(found.state.opt_state).mean
+    nll = training._train_nll(mean, used.split, parts)
+    decayed = trained(algorithms.decayed_sgd, parts, [(2, HYPER)], plan=SETTLING).state.params
+    assert abs(nll[0] - training._train_nll(decayed, used.split[:1], parts)[0]) < 0.1
+    plain = training.train("", algorithm, SETTLING, parts, runs)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), found, plain)
+
+
 def test_the_posterior_of_the_bayesian_methods_is_that_of_the_loss(parts):
     """d log posterior = -N (d loss + weight decay * params)."""
     params = network.init(jax.random.key(0), 3, (4,))
@@ -354,6 +420,17 @@ def test_the_choice_is_the_least_held_out_nll_of_every_split(parts):
     chosen = tuning.choose(table, names, grid, plan, held_out, 3, forgetful)
     best = tuning.Choice(training.Hyper(0.02, 0.0, 0.0), 30, 1.0, 1.0)
     assert chosen == {"SGD": [best] * 3, "deep ensemble": [best] * 3}
+
+
+def test_a_choice_at_an_end_of_what_was_tried_is_said():
+    """Unless the end is 0, beyond which there is nothing, or few of the splits are there."""
+    chosen = uci._complete(uci.Uci(protocol="tuned"), 500)
+    at = lambda rate, scale: tuning.Choice(  # noqa: E731
+        training.Hyper(0.01, 0.01, 0.0, rate), 300, scale, 1.0
+    )
+    selected = {"SWAG": [at(0.3, 30.0), at(0.1, 30.0), at(0.3, 1.0), at(0.3, 1.0), at(0.3, 1.0)]}
+    assert uci._edges(chosen, selected) == ["SWAG: scale is the greatest tried, 30, in 2 of 5"]
+    assert uci._edges(chosen, {"SWAG": [at(0.3, 0.0)] * 3}) == []
 
 
 @pytest.mark.parametrize("start", [1, 150, 199])

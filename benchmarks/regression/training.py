@@ -148,8 +148,8 @@ def train_guarded(
 ) -> tuple[Runs, Trained]:
     """Train both parts, the second anew at lower rates in runs whose averaged weights fell apart.
 
-    They have where their NLL on the train rows is above that of the settled weights by more than
-    ``APART``. Each time the rate is a quarter of the last; the last time it is 0.
+    They have where an iterate was not finite, or their NLL on the train rows is above that of the
+    settled weights by more than ``APART``. Each time the rate is a quarter of the last; the last time it is 0.
 
     Returns:
       The runs with the rates that were used, and what was trained.
@@ -165,8 +165,9 @@ def train_guarded(
     runs, trained = side_by_side, second(side_by_side)
     settled = _train_nll(first.state.params, runs.split, parts)
     for factor in (1 / 4, 1 / 4, 0.0):
-        mean = swagjax.get_state(trained.state.opt_state).mean
-        apart = ~(_train_nll(mean, runs.split, parts) - settled < APART)  # also of NaN
+        state = swagjax.get_state(trained.state.opt_state)
+        above = _train_nll(state.mean, runs.split, parts) - settled
+        apart = ~(above < APART) | (state.num_skipped > 0)  # ~: NaN is apart
         if not apart.any():
             break
         rates = jnp.where(apart, factor, 1.0) * runs.hyper.collecting
