@@ -1,7 +1,8 @@
 """Is a posterior to be trusted: checks of what was collected.
 
-``drift``, ``effective_count`` and ``captured_variance`` read the last K collected iterates, whose
-inner products, less their mean and in the order of collection, are a K x K matrix:
+``report`` says in words what to do. ``drift``, ``effective_count`` and ``captured_variance``, on
+which it rests, read the last K collected iterates, whose inner products, less their mean and in the
+order of collection, are a K x K matrix:
 
     G_ij = (theta_i - mean) . (theta_j - mean),    mean = 1/h sum_i theta_i,  h = min(n, K)
 
@@ -24,6 +25,15 @@ from swagjax.pairing import restrict
 from swagjax.transform import SWAGState, check_single, get_state, widen
 
 _LEAST = 4  # iterates: of three, the permutations have too few moments
+_STILL, _APART, _NARROW, _TRAVELS, _FEW = 1e-5, 1.0, 0.05, 0.5, 10.0  # see report
+_ADVICE = {
+    "diverged": "lower the learning rate of collecting, or raise it more slowly",
+    "still": "collect at a higher learning rate, or use the point: scale=0",
+    "apart": "lower the learning rate of collecting; compare the loss at theta_SWA with the last",
+    "travelling": "start later, collect for longer, or at a lower learning rate",
+    "few": "collect for longer, or at a higher learning rate",
+    "settled": "choose the scale on held-out data",
+}
 
 
 class Drift(NamedTuple):
@@ -103,6 +113,29 @@ class CapturedVariance(NamedTuple):
     cumulative: jax.Array
     effective_dimension: jax.Array
     low_rank_share: jax.Array
+
+
+class Report(NamedTuple):
+    """What the iterates were like, see ``report``.
+
+    Attributes:
+      verdict: "settled", "travelling", "still", "apart", "diverged" or "few".
+      numbers: on which it rests, as text.
+      advice: what to do, as text.
+
+    Example:
+      >>> import swagjax
+      >>> print(swagjax.diagnostics.Report("still", "movement 0", "raise the learning rate"))
+      still: movement 0: raise the learning rate
+    """
+
+    verdict: str
+    numbers: str
+    advice: str
+
+    def __str__(self) -> str:
+        """All on one line."""
+        return f"{self.verdict}: {self.numbers}: {self.advice}"
 
 
 def check_iterate(opt_state: Any, params: optax.Params) -> None:
@@ -321,6 +354,71 @@ def captured_variance(state: SWAGState) -> CapturedVariance:
     _check(state)
     found: CapturedVariance = _captured_variance(state)
     return found
+
+
+def report(state: SWAGState) -> Report:
+    """Say in one word, and in one line of advice, what the collected iterates were like.
+
+    The first of these that holds, with ``drift`` and ``effective_count``:
+
+    ==========  ===============================================  ==================================
+    verdict     if                                               the posterior is
+    ==========  ===============================================  ==================================
+    diverged    an iterate was not finite                        of the others alone
+    still       movement < 1e-5                                  too narrow: a point
+    apart       movement > 1, or spread < 1/20                   centred where the loss is high
+    travelling  trend > 1/2                                      stretched along the path
+    few         n_eff < 10                                       hardly known
+    settled     nothing of these                                 what SWAG takes it for
+    ==========  ===============================================  ==================================
+
+    The thresholds are rules of thumb: a trend of 1/2 lies between an AR(1) process of coefficient
+    .9 and a random walk, and a ``spread`` of 1/20 says that nearly all of the scatter was before
+    the last K iterates. They tell nothing of the predictions: compare the held-out loss at
+    theta_SWA with that of the weights from before the collection.
+
+    Args:
+      state: what ``swag`` collected, outside ``jit``.
+
+    Returns:
+      A ``Report``; its string is verdict, numbers and advice.
+
+    Raises:
+      ValueError: as ``drift``, and inside ``jit``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, swagjax
+      >>> tx, params = swagjax.swag(rank=10), jnp.zeros(1000)
+      >>> step = lambda state, x: (tx.update(1 + x, state, params)[1], None)
+      >>> noise = 0.1 * jax.random.normal(jax.random.key(0), (40, 1000))
+      >>> print(swagjax.diagnostics.report(jax.lax.scan(step, tx.init(params), noise)[0]))
+      settled: trend 0.11 (0.11 if independent), movement 0.099, 40 of 40 iterates effective, ...
+      >>> path = jnp.cumsum(noise, 0)
+      >>> print(swagjax.diagnostics.report(jax.lax.scan(step, tx.init(params), path)[0]))
+      travelling: ...: start later, collect for longer, or at a lower learning rate
+    """
+    if isinstance(state.num_collected, jax.core.Tracer):
+        raise ValueError("state is traced: call report outside jit, or drift inside it")
+    found, count = drift(state), effective_count(state)
+    movement, trend, spread = (float(x) for x in (found.movement, found.trend, found.spread))
+    n_eff, n = float(count.n_eff), int(state.num_collected)
+    verdict = next(
+        name
+        for name, holds in (
+            ("diverged", int(state.num_skipped) > 0),
+            ("still", movement < _STILL),
+            ("apart", movement > _APART or spread < _NARROW),
+            ("travelling", trend > _TRAVELS),
+            ("few", n_eff < _FEW),
+            ("settled", True),
+        )
+        if holds
+    )
+    numbers = (
+        f"trend {trend:.2f} ({float(found.expected):.2f} if independent), movement {movement:.2g}, "
+        f"{n_eff:.0f} of {n} iterates effective, {int(state.num_skipped)} not finite"
+    )
+    return Report(verdict, numbers, _ADVICE[verdict])
 
 
 def _newest_deviation(state: SWAGState) -> Any:

@@ -27,6 +27,7 @@ at a constant step size, under the authors' protocol of the run that SWA and SWA
 training of its own. Searches aside, an ensemble of five costs five trainings, all others one.
 """
 
+import collections
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
@@ -373,9 +374,11 @@ def _of_iterates(iterates: dict[str, list[Any]]) -> list[str]:
     n_eff, collected, trend, expected, movement, dimension = (
         float(np.median(iterates[name])) for name in names
     )
+    verdicts = collections.Counter(iterates["verdict"]).most_common()
     return [
         f"iterates of SWAG: {n_eff:.0f} effective of {collected:.0f} collected, trend {trend:.2f} "
-        f"(at rest {expected:.2f}), movement {movement:.2g}, effective dimension {dimension:.1f}"
+        f"(at rest {expected:.2f}), movement {movement:.2g}, effective dimension {dimension:.1f}",
+        f"their verdicts: {', '.join(f'{word} {count}' for word, count in verdicts)} of the splits",
     ]
 
 

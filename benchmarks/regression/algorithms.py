@@ -49,18 +49,13 @@ def settled_sgd(plan: Plan) -> Algorithm:
     part ended to the share ``hyper.collecting`` of where that began, and stays there.
     """
     collecting = range(plan.epochs + 1, plan.epochs + max(plan.epochs // 4, 2) + 1)
-    settled, wait = plan.epochs * plan.steps, max(len(collecting) // 5, 1) * plan.steps
-    factor = _fall(plan)
+    settled, rise = plan.epochs * plan.steps, max(len(collecting) // 5, 1) * plan.steps
 
     def optimizer(hyper: Hyper) -> optax.GradientTransformation:
-        def share(step: jax.Array) -> jax.Array:
-            risen = jnp.minimum((step - settled) / wait, 1.0)
-            return jnp.where(
-                step < settled, factor(step), LEAST + (hyper.collecting - LEAST) * risen
-            )
-
-        collect = swagjax.swag(plan.rank, start=settled + wait, every=plan.steps)
-        return optax.chain(*_sgd(hyper, lambda step: hyper.learning_rate * share(step)), collect)
+        rates = hyper.learning_rate, hyper.learning_rate * hyper.collecting
+        schedule = schedules.collecting_schedule(*rates, settled, rise, settled=LEAST)
+        collect = swagjax.swag(plan.rank, start=settled + rise, every=plan.steps)
+        return optax.chain(*_sgd(hyper, schedule), collect)
 
     return _descent(optimizer, _mean_loss)._replace(collecting=collecting)
 

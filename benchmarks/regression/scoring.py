@@ -96,6 +96,9 @@ def _group(
             run, first_of = jax.tree.map(lambda leaf: leaf[:, 0], by_split)
             told = _diagnose(first_of.state.opt_state) | {"collecting": run.hyper.collecting}
             said = jax.tree.map(np.ndarray.tolist, jax.device_get(told))
+            states = swagjax.get_state(first_of.state.opt_state)
+            each = [jax.tree.map(lambda leaf, j=j: leaf[j], states) for j in range(len(splits))]
+            said["verdict"] = [diagnostics.report(state).verdict for state in each]
             iterates |= {i: {k: v[j] for k, v in said.items()} for j, i in enumerate(splits)}
     return {
         "scores": {name: _by_name(of) for name, of in found.items()},

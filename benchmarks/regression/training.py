@@ -149,7 +149,8 @@ def train_guarded(
     """Train both parts, the second anew at lower rates in runs whose averaged weights fell apart.
 
     They have where an iterate was not finite, or their NLL on the train rows is above that of the
-    settled weights by more than ``APART``. Each time the rate is a quarter of the last; the last time it is 0.
+    settled weights by more than ``APART``. Each time the rate is a quarter of the last; the last
+    time it is 0.
 
     Returns:
       The runs with the rates that were used, and what was trained.
