@@ -15,6 +15,7 @@ import tyro
 from benchmarks.experiments.classify import Classify, classify
 from benchmarks.experiments.constant_sgd import ConstantSgd, constant_sgd
 from benchmarks.experiments.curves import Curves, curves
+from benchmarks.experiments.gains import Gains, gains
 from benchmarks.experiments.gap import Gap, gap
 from benchmarks.experiments.language import Language, language
 from benchmarks.experiments.rotation import Rotation, rotation
@@ -56,6 +57,7 @@ COMMANDS = {
     Rotation: rotation,
     Language: language,
     Uci: uci,
+    Gains: gains,
     Gap: gap,
     Subspace: subspace,
     ConstantSgd: constant_sgd,

@@ -143,9 +143,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def markdown(content: dict[str, Any]) -> str:
     """The table of a record that ``write_json`` wrote, for README."""
-    header, *lines = _lines(content)
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return as_markdown(_lines(content))
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    """A table of these cells, of which the first line is the header."""
+    header, *rest = lines
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rest])
 
 
 def _lines(content: dict[str, Any]) -> list[list[str]]:
@@ -178,12 +182,17 @@ def _rounded(value: dict[str, Any]) -> str:
 
 
 def with_table(readme: str, name: str, content: dict[str, Any]) -> str:
-    """README with the table between the marks ``<!-- name -->`` and ``<!-- end -->`` made anew."""
+    """README with the table of a record made anew, if it has one."""
+    return with_text(readme, name, markdown(content))
+
+
+def with_text(readme: str, name: str, text: str) -> str:
+    """README with what is between the marks ``<!-- name -->`` and ``<!-- end -->`` replaced."""
     start, end = f"<!-- {name} -->\n", "<!-- end -->"
     if start not in readme:
         return readme
     before, after = readme.split(start)
-    return f"{before}{start}\n{markdown(content)}\n\n{end}{after.split(end, 1)[1]}"
+    return f"{before}{start}\n{text}\n\n{end}{after.split(end, 1)[1]}"
 
 
 def publish(results: Path, name: str, published: Path = PUBLISHED) -> list[Path]:

@@ -1,5 +1,7 @@
 """The recipe: a schedule that settles and then collects, and the report on what was collected."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import optax
 import pytest
 
 import swagjax
+from benchmarks import __main__ as command_line
+from benchmarks import report
 from swagjax import diagnostics, schedules
 
 
@@ -107,3 +111,28 @@ def test_no_report_is_made_inside_jit():
     state = collected(jnp.asarray(path("settled")))
     with pytest.raises(ValueError, match="traced: call report outside jit"):
         jax.jit(lambda s: diagnostics.report(s).numbers and 0)(state)
+
+
+def test_the_table_of_gains_is_made_from_the_results(tmp_path, monkeypatch, capsys):
+    """Signs as they are read: below 0 is better; sets without SWAG are left out."""
+    scores = {"SGD": [1.0, 1.2, 1.4], "SWAG": [0.9, 1.0, 1.1]}
+    for name, used in (("a", scores), ("b", {"SGD": scores["SGD"], "SWA": scores["SWAG"]})):
+        of = {method: {"NLL": values} for method, values in used.items()}
+        tests = {"NLL": report.paired_tests(of, "NLL", 0.1)}
+        data = {"rows": 500, "splits": 3}
+        context = {"options": {"dataset": name}, "data": data, "paired_tests": tests}
+        report.write_json(tmp_path / f"{name}-tuned" / "results.json", report.record(of, **context))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- gains -->\nold\n<!-- end -->\nafter")
+    monkeypatch.setattr(report, "README", readme)
+    assert command_line.main(["gains", "--results", str(tmp_path)]) == 0
+    test = json.loads((tmp_path / "a-tuned" / "results.json").read_text())["paired_tests"]["NLL"]
+    error, p = (test["SGD"]["SWAG"][name] for name in ("standard_error", "p"))
+    row = f"| a | 500 | 3 | 1.200 |  |  |  | 1.000 |  | -0.200±{error:.3f} | {p:.2g} |"
+    assert row in capsys.readouterr().out
+    text = readme.read_text()
+    assert row in text
+    assert "old" not in text
+    assert text.startswith("before")
+    assert text.endswith("after")
+    assert command_line.main(["gains", "--results", str(tmp_path / "nothing")]) == 2
