@@ -11,18 +11,23 @@ scalar, so a few hundred examples will do.
 
 The first two minimise a negative log-likelihood to the last digits, deterministic, compiled, also
 inside ``jit``. Where there is no minimum they raise ``ValueError``, and give NaN inside ``jit``.
-Treat what they return as a constant: gradients do not go through it.
+Treat what they return as a constant: gradients do not go through it. Both take ``weights``, as in
+``metrics``: an example of weight w counts as if it stood there w times, one of weight 0 does not
+count, whatever it holds. They need all held-out data at once: numbers fitted to batches do not
+combine. The loss that ``fit_scale`` is given takes weights itself.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from swagjax import metrics
+from swagjax import metrics, summing
+from swagjax.summing import is_traced
 
 # Natural logarithms of 1 / T between which the best one is sought.
 _LOG_RANGE = (-50.0, 50.0)
@@ -30,6 +35,9 @@ _LOG_RANGE = (-50.0, 50.0)
 # The grid on which fit_noise looks first, in squared errors: from the greatest down to 1e-16 of it.
 _LOG_NOISE = (-37.0, 0.0)
 _NUM_NOISE = 64
+
+# Rows of probabilities sum to one so far, in sixteen bits; not all rows of logits do.
+_TOLERANCE = 0.02
 
 
 class ScaleFit(NamedTuple):
@@ -52,7 +60,9 @@ class ScaleFit(NamedTuple):
     losses: jax.Array
 
 
-def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+def fit_temperature(
+    logits: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = None
+) -> jax.Array:
     """Temperature T > 0 that minimises the NLL of ``softmax(logits / T)`` on held-out data.
 
     The NLL is convex in 1 / T, and T is where its slope is zero, found by bisection to the last
@@ -68,14 +78,17 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     Args:
       logits: held-out logits, shape ``(..., C)``; minus infinity excludes a class.
       labels: integer classes in ``[0, C)``, shape ``(...)``.
+      weights: how many times each example counts, 0 for not at all; of the shape of ``labels`` or
+        of its leading axes.
 
     Returns:
       A scalar, float32 or wider.
 
     Raises:
       ValueError: shapes that do not match, empty input, labels that are no integers; and outside
-        ``jit`` labels out of range, logits that are NaN or plus infinity, and data without a best
-        temperature. Inside ``jit`` these give NaN.
+        ``jit`` labels out of range, logits that are NaN or plus infinity, negative weights, and
+        data without a best temperature, which inside ``jit`` give NaN; and outside ``jit``
+        probabilities in the place of logits, which inside ``jit`` are taken for logits.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -87,14 +100,21 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
 
     Source: Guo et al. (2017), "On Calibration of Modern Neural Networks", section 4.2.
     """
-    logits, labels = _read(logits, labels)
-    temperature, slopes = _temperature(logits, labels)
-    if not isinstance(temperature, jax.core.Tracer):
+    logits, labels, weights = _read(logits, labels, weights)
+    temperature, slopes = _temperature(logits, labels, weights)
+    if not is_traced(temperature):
         _check_temperature(temperature, slopes)
     return jnp.asarray(temperature)
 
 
-def fit_noise(means: ArrayLike, variances: ArrayLike, targets: ArrayLike) -> jax.Array:
+def fit_noise(
+    means: ArrayLike,
+    variances: ArrayLike,
+    targets: ArrayLike,
+    *,
+    event_ndim: int = 0,
+    weights: ArrayLike | None = None,
+) -> jax.Array:
     """Noise variance v >= 0, one for all, that minimises the held-out NLL of a regression.
 
     ``argmin_v metrics.mixture_nll(means, variances + v, targets)``: for a network that predicts
@@ -106,18 +126,26 @@ def fit_noise(means: ArrayLike, variances: ArrayLike, targets: ArrayLike) -> jax
     The best point of a grid over 16 orders of magnitude is refined by bisection of the slope, so
     that of several minima the lowest is found, unless they are closer than a factor of three.
 
+    Of several outputs each is scored alone, and v is one for all of them: call it once per output
+    where they differ in units. ``event_ndim=1`` scores the outputs of an example jointly, as in
+    ``metrics.mixture_nll``.
+
     Args:
       means: held-out predictions under S samples of the weights, shape ``(S, ...)``.
       variances: predicted variances, shape ``(S, ...)``, or a scalar; 0 where there are none.
       targets: true values, shape ``(...)``.
+      event_ndim: how many trailing axes of ``targets`` are the outputs of one example, scored
+        jointly; static under ``jit``.
+      weights: how many times each example counts, 0 for not at all; of the shape of ``targets``
+        without its ``event_ndim`` last axes, or of its leading axes.
 
     Returns:
       A scalar in squared units of the targets, float32 or wider.
 
     Raises:
-      ValueError: shapes that do not match, empty input; and outside ``jit`` negative variances,
-        values that are not finite, and targets that are hit exactly where a variance is zero, whose
-        likelihood grows without bound. Inside ``jit`` these give NaN.
+      ValueError: shapes that do not match, empty input; and outside ``jit`` negative variances or
+        weights, values that are not finite, and targets that are hit exactly where a variance is
+        zero, whose likelihood grows without bound. Inside ``jit`` these give NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,9 +157,9 @@ def fit_noise(means: ArrayLike, variances: ArrayLike, targets: ArrayLike) -> jax
       >>> round(float(calibration.fit_noise(means, 2.0, targets)), 4)
       3.0
     """
-    means, variances, targets = _read_regression(means, variances, targets)
-    noise = _noise(means, variances, targets)
-    if not isinstance(noise, jax.core.Tracer) and math.isnan(noise):
+    arrays = _read_regression(means, variances, targets, weights, event_ndim)
+    noise = _noise(*arrays, event_ndim)
+    if not is_traced(noise) and math.isnan(noise) and _has_weight(arrays[3]):
         raise ValueError(
             "variances holds zeros where means hit targets exactly, so that the likelihood grows "
             "without bound as the noise goes to 0: give more held-out examples, or a small "
@@ -187,16 +215,17 @@ def fit_scale(
     tried = _read_scales(held_out_loss, scales)
     losses = jnp.stack([_read_loss(scale, held_out_loss(scale)) for scale in tried])
     best = jnp.where(jnp.any(jnp.isnan(losses)), jnp.nan, tried[jnp.argmin(losses)])
-    if not isinstance(losses, jax.core.Tracer):
+    if not is_traced(losses):
         _check_losses(tried, losses)
     return ScaleFit(best, tried, losses)
 
 
 @jax.jit
 def _temperature(
-    logits: jax.Array, labels: jax.Array
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The temperature, and the slopes of the NLL at the ends of the range of log 1 / T."""
+    logits, labels = summing.blank(logits, weights), summing.blank(labels, weights, fill=0)
     label_logit = jnp.take_along_axis(logits, labels.astype(jnp.int32)[..., None], axis=-1)
     above_label = logits - label_logit
     # Not above zero, so that no product with a large 1 / T overflows upwards.
@@ -204,7 +233,8 @@ def _temperature(
 
     def slope(log_inverse: jax.Array) -> jax.Array:
         probs = jax.nn.softmax(jnp.exp(log_inverse) * below_best, axis=-1)
-        return jnp.mean(jnp.sum(jnp.where(probs == 0, 0, probs * above_label), axis=-1))
+        above = jnp.where(probs == 0, 0, above_label)
+        return summing.mean(jnp.sum(probs * above, axis=-1), weights)
 
     low, high = (jnp.asarray(end, logits.dtype) for end in _LOG_RANGE)
     slopes = slope(low), slope(high)
@@ -213,12 +243,26 @@ def _temperature(
     return jnp.where(found, jnp.exp(-_bisect(slope, low, high)), jnp.nan), slopes
 
 
-@jax.jit
-def _noise(means: jax.Array, variances: jax.Array, targets: jax.Array) -> jax.Array:
-    def loss(log_noise: jax.Array) -> jax.Array:
-        return metrics.mixture_nll(means, variances + jnp.exp(log_noise), targets)
+@partial(jax.jit, static_argnums=4)
+def _noise(
+    means: jax.Array,
+    variances: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array | None,
+    event_ndim: int,
+) -> jax.Array:
+    variances = jnp.broadcast_to(variances, means.shape)
+    means, variances = (summing.blank(x, weights, lead=1) for x in (means, variances))
+    targets = summing.blank(targets, weights)
 
-    slope = jax.grad(loss)
+    def loss(log_noise: jax.Array) -> jax.Array:
+        noisy = variances + jnp.exp(log_noise)
+        return metrics.mixture_nll(means, noisy, targets, event_ndim=event_ndim, weights=weights)
+
+    def slope(log_noise: jax.Array) -> jax.Array:
+        # Forward, so that slopes, too, are summed in the blocks of the loss.
+        return jax.jvp(loss, (log_noise,), (jnp.ones_like(log_noise),))[1]
+
     # Above the greatest squared error every density falls with the noise.
     greatest = jnp.log(jnp.max((targets[None] - means) ** 2))
     grid = greatest + jnp.linspace(*_LOG_NOISE, _NUM_NOISE, dtype=means.dtype)
@@ -246,9 +290,11 @@ def _bisect(slope: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.A
     return (low + high) / 2
 
 
-def _read(logits: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Both arguments checked, the logits in float32 or better."""
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+def _read(
+    logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The arguments checked, the logits in float32 or better."""
+    logits, given, labels = summing.read_numbers(logits), labels, summing.read_integers(labels)
     if logits.ndim == 0 or logits.size == 0:
         raise ValueError(
             f"logits has shape {logits.shape}, but must hold at least one example with its classes "
@@ -265,28 +311,33 @@ def _read(logits: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
             f"labels has dtype {labels.dtype}, but class numbers are integers: use "
             "labels.astype(int)."
         )
-    logits = _wide(logits)
-    if not isinstance(labels, jax.core.Tracer):
-        _check_labels(labels, logits.shape[-1])
-    if not isinstance(logits, jax.core.Tracer):
-        _check_logits(logits)
+    logits = summing.widen(logits)
     # Narrow integers cannot be compared with a large number of classes.
-    return logits, labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+    weights = summing.read_weights(weights, "labels", labels.shape)
+    _check_values(logits, labels, weights, given)
+    return logits, labels, weights
 
 
 def _read_regression(
-    means: ArrayLike, variances: ArrayLike, targets: ArrayLike
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    means: ArrayLike,
+    variances: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike | None,
+    event_ndim: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """The arguments checked, in the widest of their dtypes."""
     given = {"means": means, "variances": variances, "targets": targets}
-    arrays = {name: jnp.asarray(x) for name, x in given.items()}
+    arrays = {name: summing.read_numbers(x) for name, x in given.items()}
     # The metric checks the shapes, and knows its dtype.
-    dtype = jax.eval_shape(metrics.mixture_nll, *arrays.values()).dtype
+    loss = partial(metrics.mixture_nll, event_ndim=event_ndim)
+    dtype = jax.eval_shape(lambda *x: loss(*x[:3], weights=x[3]), *arrays.values(), weights).dtype
+    counts = None if weights is None else summing.read_numbers(weights)
     for name, x in arrays.items():
-        if not isinstance(x, jax.core.Tracer):
-            _check_numbers(name, x, 0.0 if name == "variances" else -math.inf)
+        if not is_traced(x) and not is_traced(counts):
+            _check_numbers(name, x, counts, 0.0 if name == "variances" else -math.inf)
     means, variances, targets = (x.astype(dtype) for x in arrays.values())
-    return means, variances, targets
+    return means, variances, targets, counts
 
 
 def _read_scales(held_out_loss: Any, scales: Iterable[float]) -> jax.Array:
@@ -311,17 +362,14 @@ def _read_loss(scale: jax.Array, loss: ArrayLike) -> jax.Array:
             f"held_out_loss returned an array of shape {loss.shape}, but must return a scalar: use "
             "a mean over examples."
         )
-    return _wide(loss)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4
-    return x if wide else x.astype(jnp.float32)
+    return summing.widen(loss)
 
 
 def _check_temperature(temperature: jax.Array, slopes: tuple[jax.Array, jax.Array]) -> None:
     at_infinity, at_zero = (float(slope) for slope in slopes)
     if at_infinity < 0 < at_zero and not math.isnan(temperature):
+        return
+    if math.isnan(at_infinity):  # all weights are 0
         return
     if not math.isfinite(at_infinity):
         raise ValueError(
@@ -340,20 +388,50 @@ def _check_temperature(temperature: jax.Array, slopes: tuple[jax.Array, jax.Arra
     )
 
 
-def _check_labels(labels: jax.Array, num_classes: int) -> None:
-    with jax.ensure_compile_time_eval():
-        least, greatest = int(jnp.min(labels)), int(jnp.max(labels))
-    if least < 0 or greatest >= num_classes:
+def _has_weight(weights: jax.Array | None) -> bool:
+    return weights is None or bool(jnp.any(weights > 0))
+
+
+def _check_values(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None, given: ArrayLike
+) -> None:
+    """Refuse what is no class or no logit, in one program; skip what is traced."""
+    known = [None if is_traced(x) else x for x in (logits, labels)]
+    if is_traced(weights) or (known[0] is None and known[1] is None and weights is None):
+        return
+    with jax.ensure_compile_time_eval():  # a constant may meet us inside a jitted function
+        found = jax.device_get(_extremes(*known, weights))
+    summing.check_weights(found["weight"])
+    lowest, highest = found["labels"]
+    summing.check_labels(lowest, highest, "logits", logits.shape[-1], given)
+    _check_logits(*(float(x) for x in found["logits"]))
+    if found["probabilities"]:
         raise ValueError(
-            f"labels holds {least if least < 0 else greatest}, but logits has {num_classes} "
-            f"classes, 0 to {num_classes - 1}: renumber the labels, or leave these examples out."
+            "logits holds probabilities: all its rows are non-negative and sum to 1. Give their "
+            "logarithms, jnp.log(probs), or what the network returns before the softmax. Where "
+            "these are logits all the same, give logits - 1: a shift changes nothing."
         )
 
 
-def _check_logits(logits: jax.Array) -> None:
-    with jax.ensure_compile_time_eval():
-        least_best = float(jnp.min(jnp.max(logits, axis=-1)))
-        greatest = float(jnp.max(logits))
+@jax.jit
+def _extremes(logits: Any, labels: Any, weights: Any) -> dict[str, Any]:
+    """The ends of what counts, and whether logits are probabilities."""
+    found: dict[str, Any] = {"weight": 0.0 if weights is None else jnp.min(weights)}
+    found |= {"labels": (0, 0), "logits": (0.0, 0.0), "probabilities": False}
+    if labels is not None:
+        labels = summing.blank(labels, weights, fill=0)
+        found["labels"] = jnp.min(labels), jnp.max(labels)
+    if logits is not None:
+        logits = summing.blank(logits, weights)
+        best = jnp.max(logits, axis=-1)
+        found["logits"] = jnp.min(best), jnp.max(best)
+        total = summing.blank(jnp.sum(jnp.maximum(logits, 0), axis=-1), weights)
+        found["probabilities"] = jnp.all(logits >= 0) & jnp.all(jnp.abs(total - 1) < _TOLERANCE)
+        found["probabilities"] &= True if weights is None else jnp.any(weights > 0)
+    return found
+
+
+def _check_logits(least_best: float, greatest: float) -> None:
     if not (least_best > -math.inf and greatest < math.inf):
         bad = least_best if greatest < math.inf else greatest
         raise ValueError(
@@ -362,8 +440,10 @@ def _check_logits(logits: jax.Array) -> None:
         )
 
 
-def _check_numbers(name: str, values: jax.Array, floor: float) -> None:
+def _check_numbers(name: str, values: jax.Array, weights: jax.Array | None, floor: float) -> None:
+    lead = 0 if name == "targets" else 1
     with jax.ensure_compile_time_eval():
+        values = summing.blank(values, weights, lead if values.ndim else 0)
         least, greatest = float(jnp.min(values)), float(jnp.max(values))
     if not (math.isfinite(least) and math.isfinite(greatest)):
         bad = greatest if math.isfinite(least) else least

@@ -22,6 +22,7 @@ import optax
 from swagjax import pooling
 from swagjax.gaussian import collected, contract, noise_dtype, recentring, row_products
 from swagjax.pairing import restrict
+from swagjax.summing import nan_is_meant
 from swagjax.transform import SWAGState, check_single, get_state, widen
 
 _LEAST = 4  # iterates: of three, the permutations have too few moments
@@ -251,8 +252,8 @@ def drift(state: SWAGState) -> Drift:
     (arXiv:1806.08805), on random walks of many dimensions.
     """
     _check(state)
-    found: Drift = _drift(state)
-    return found
+    with nan_is_meant():
+        return _drift(state)
 
 
 def effective_count(state: SWAGState) -> EffectiveCount:
@@ -311,8 +312,8 @@ def effective_count(state: SWAGState) -> EffectiveCount:
     sequence); the bound on n_eff is that of Stan.
     """
     _check(state)
-    found: EffectiveCount = _effective_count(state)
-    return found
+    with nan_is_meant():
+        return _effective_count(state)
 
 
 def captured_variance(state: SWAGState) -> CapturedVariance:
@@ -352,8 +353,8 @@ def captured_variance(state: SWAGState) -> CapturedVariance:
       [0.9 1.  1. ] 1.22
     """
     _check(state)
-    found: CapturedVariance = _captured_variance(state)
-    return found
+    with nan_is_meant():
+        return _captured_variance(state)
 
 
 def report(state: SWAGState) -> Report:
