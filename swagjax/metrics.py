@@ -1003,22 +1003,24 @@ def _false_alarms(
     weights_out: jax.Array | None,
 ) -> jax.Array:
     inside, outside = summing.blank(inside, weights_in), summing.blank(outside, weights_out)
-    alarm = inside >= _threshold(outside, weights_out)
+    threshold, has_weight = _threshold(outside, weights_out)
+    alarm = inside >= threshold
     if weights_in is None:
         rate = jnp.sum(alarm) / alarm.size
     else:
         rate = summing.mean(alarm.astype(summing.widen(weights_in).dtype), weights_in)
-    return jnp.where(_any_nan(inside) | _any_nan(outside), jnp.nan, rate)
+    sound = has_weight & ~_any_nan(inside) & ~_any_nan(outside)
+    return jnp.where(sound, rate, jnp.nan)
 
 
-def _threshold(scores: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """The greatest score that 95 % of the scores reach."""
+def _threshold(scores: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The greatest score that 95 % of the scores reach, and whether any of them counts."""
     if weights is None:
         detected = -(-95 * scores.size // 100)  # rounded up, in integers
-        return jnp.sort(scores)[scores.size - detected]
+        return jnp.sort(scores)[scores.size - detected], jnp.array(True)
     order = jnp.argsort(scores, descending=True)
     total = summing.running_sum(summing.spread_weights(weights, scores.shape)[order])
-    return scores[order][jnp.argmax(20 * total >= 19 * total[-1])]
+    return scores[order][jnp.argmax(20 * total >= 19 * total[-1])], total[-1] > 0
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6))

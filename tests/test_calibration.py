@@ -403,3 +403,94 @@ def test_held_out_losses_that_are_none():
         calibration.fit_scale(lambda s: jnp.where(s == 0.5, jnp.nan, s), (0.1, 0.5))
     with pytest.raises(ValueError, match=r"held_out_loss returned inf at its best"):
         calibration.fit_scale(lambda scale: jnp.inf * (1 + scale), (0.1, 0.5))
+
+
+# Weights, sums over 10^8 examples, and what is taken for what it is not.
+
+
+def test_temperature_with_weights_is_that_of_repetitions():
+    logits, labels = classified()
+    weights = np.random.default_rng(1).integers(0, 3, len(labels))
+    expected = best_temperature(np.repeat(logits, weights, 0), np.repeat(labels, weights))
+    logits[weights == 0], labels[weights == 0] = np.nan, -100
+    for call in (calibration.fit_temperature, jax.jit(calibration.fit_temperature)):
+        fitted = call(logits, labels, weights=weights.astype(np.float32))
+        np.testing.assert_allclose(fitted, expected, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"weights holds the value -2, but must not be negative"):
+        calibration.fit_temperature(logits, labels, weights=-weights)
+    assert np.isnan(calibration.fit_temperature(logits, labels, weights=0 * weights))
+
+
+def test_noise_with_weights_is_that_of_repetitions():
+    means, variances, targets = regression()
+    weights = np.random.default_rng(1).integers(0, 3, len(targets))
+    real = [np.repeat(x, weights, -1) for x in (means, variances, targets)]
+    for x in (means, variances, targets):
+        x[..., weights == 0] = np.nan
+    expected = minimum(lambda v: mixture_nll_at(math.exp(v), *real), np.log([1e-6, 1e6]))
+    fitted = calibration.fit_noise(means, variances, targets, weights=weights)
+    np.testing.assert_allclose(fitted, math.exp(expected), rtol=2e-4)
+    with pytest.raises(ValueError, match=r"weights holds the value -2, but must not be negative"):
+        calibration.fit_noise(*real, weights=-2.0)
+    assert np.isnan(calibration.fit_noise(means, variances, targets, weights=0 * weights))
+
+
+def test_noise_of_several_outputs_jointly():
+    """The noise that is best for the joint density of two outputs, by SciPy."""
+    means, variances, targets = (x.reshape(*x.shape[:-1], 100, 2) for x in regression())
+
+    def joint_nll(log_noise):
+        sd = np.sqrt(variances.astype(float) + math.exp(log_noise))
+        log_densities = scipy.stats.norm.logpdf(targets.astype(float), means.astype(float), sd)
+        return -scipy.special.logsumexp(log_densities.sum(-1), axis=0).mean()
+
+    expected = math.exp(minimum(joint_nll, np.log([1e-6, 1e6])))
+    fitted = calibration.fit_noise(means, variances, targets, event_ndim=1)
+    np.testing.assert_allclose(fitted, expected, rtol=2e-4)
+
+
+def test_regression_probabilities_are_no_logits():
+    """Their temperature was fitted in silence, of a softmax of a softmax."""
+    logits, labels = classified()
+    probs = scipy.special.softmax(logits, -1)
+    for dtype in (np.float32, jnp.bfloat16):
+        with pytest.raises(ValueError, match=r"logits holds probabilities.*jnp\.log\(probs\)"):
+            calibration.fit_temperature(jnp.asarray(probs, dtype), labels)
+    weights = np.arange(len(labels)) != 3
+    probs[3] = -7.0
+    with pytest.raises(ValueError, match=r"logits holds probabilities.*logits - 1"):
+        calibration.fit_temperature(probs, labels, weights=weights)
+    probs[5] = logits[5]
+    calibration.fit_temperature(probs, labels)  # one row that is none, and they are logits
+
+
+def test_regression_labels_of_64_bits_are_not_wrapped_around():
+    """Without x64 JAX makes a 2 of the label 2^32 + 2."""
+    logits, labels = classified()
+    labels[3] = 2**32 + 2
+    with pytest.raises(ValueError, match=r"labels holds 4294967298, but logits has 5 classes"):
+        calibration.fit_temperature(logits, labels)
+
+
+@pytest.mark.slow
+def test_regression_temperature_and_noise_of_millions_keep_their_digits():
+    """Where one by one float32 sums of 2 10^7 slopes would stop."""
+    n = 2 * 10**7
+    logits = jnp.broadcast_to(jnp.array([4.0, 0.0]), (n, 2))
+    labels = (jnp.arange(n) % 5 == 0).astype(int)  # right four times of five
+    temperature = calibration.fit_temperature(logits, labels)
+    np.testing.assert_allclose(temperature, 4 / math.log(4), rtol=1e-5)
+    targets = jnp.where(labels == 1, 3.0, 1.0)
+    np.testing.assert_allclose(calibration.fit_noise(jnp.zeros((1, n)), 0.0, targets), 2.6, 1e-5)
+
+
+def test_regression_sound_data_pass_jax_debug_nans_and_infs():
+    logits, labels = classified(n=50)
+    logits = np.concatenate([logits, np.full((50, 1), -np.inf, np.float32)], -1)
+    means, variances, targets = regression()
+    weights = np.arange(200) != 7
+    targets[7] = np.nan
+    with jax.debug_nans(True), jax.debug_infs(True):
+        calibration.fit_temperature(logits, labels)
+        calibration.fit_noise(means, variances, targets, weights=weights)
+        calibration.fit_scale(lambda scale: (scale - 1) ** 2, (0.0, 1.0))

@@ -1015,3 +1015,15 @@ def test_no_copy_of_the_ring_is_made():
     like = swagjax.swag(20).init([jnp.zeros(shape) for shape in shapes])
     memory = jax.jit(drift).lower(like).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1.1 * sum(x.nbytes for x in like.mean)  # of 20 in the ring
+
+
+def test_regression_sound_states_pass_jax_debug_nans_and_infs():
+    """NaN stands for what a ring that is not full does not have; no mistake is found in it."""
+    tx, params = swagjax.swag(rank=6), jnp.zeros(3)
+    state = tx.init(params)
+    for x in np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32):
+        _, state = tx.update(jnp.asarray(x), state, params)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        assert np.isnan(drift(state).shift)
+        assert np.isnan(effective_count(state).autocorrelation[5])
+        assert np.isnan(captured_variance(state).cumulative[-1])

@@ -1,4 +1,6 @@
+import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -1016,3 +1018,422 @@ def test_constants_of_regression_inside_jit_are_checked():
     expected = metrics.gaussian_nll(mean, variance, targets)
     value = jax.jit(lambda m: metrics.gaussian_nll(m, variance, targets))(mean)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+# Sums over 10^8 examples, weights, and what programs hold.
+
+
+def equations(jaxpr):
+    """All equations of a program, those of its inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+            if is_program(inner):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def is_program(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def assert_sums_in_blocks(function, *shapes):
+    """No float32 element of a sum meets more than 300 others: by a look at the program."""
+    program = jax.make_jaxpr(function)(*shapes).jaxpr
+    for equation in equations(program):
+        inputs, outputs = (
+            v[0].aval for v in (equation.invars or equation.outvars, equation.outvars)
+        )
+        if equation.primitive.name in ("scatter-add", "scatter_add"):
+            inputs = equation.invars[-1].aval
+        elif equation.primitive.name not in ("reduce_sum", "cumsum", "reduce", "dot_general"):
+            continue
+        if jnp.issubdtype(outputs.dtype, jnp.floating):
+            assert inputs.size <= 300 * outputs.size, equation
+        elif jnp.issubdtype(outputs.dtype, jnp.integer):
+            assert jnp.iinfo(outputs.dtype).max > 10**8
+
+
+MANY = 10**8
+
+
+def shapes_of(metric, n):
+    """Arguments of n examples, as shapes."""
+    real = jax.ShapeDtypeStruct((n,), jnp.float32)
+    if metric in (*PER_LABEL, metrics.reliability):
+        probs, labels = (jax.ShapeDtypeStruct(*x) for x in (((n, 2), jnp.float32), ((n,), int)))
+        return probs, labels
+    if metric in MIXTURE:
+        samples = jax.ShapeDtypeStruct((2, n), jnp.float32)
+        return samples, samples, real
+    return {metrics.interval_width: (real,), **dict.fromkeys(GAUSSIAN, (real,) * 3)}.get(
+        metric, (real,) * 2
+    )
+
+
+def call_many():
+    """Every function that sums over examples, with the names of its weights."""
+    for metric in (*PER_LABEL, metrics.reliability, *GAUSSIAN, *MIXTURE):
+        yield metric, metric, ("weights",)
+    for metric in (metrics.ece, metrics.reliability):
+        yield metric, functools.partial(metric, binning="count"), ("weights",)
+    for metric in (metrics.rmse, metrics.interval_width):
+        yield metric, metric, ("weights",)
+    both = ("weights_in", "weights_out")
+    for metric in (metrics.auroc, metrics.fpr95):
+        yield metric, metric, both
+    yield metrics.symmetrised_kl, lambda x, y, **w: metrics.symmetrised_kl(x, y, 2, **w), both
+
+
+def test_regression_float32_sums_over_a_hundred_million_examples_are_in_blocks():
+    """Scatters and sums that run one by one stop at 2^24; integers count up to 2^31."""
+    for metric, call, names in call_many():
+        shapes = shapes_of(metric, MANY)
+        weights = [jax.ShapeDtypeStruct((MANY,), jnp.float32)] * len(names)
+        assert_sums_in_blocks(call, *shapes)
+
+        def weighted(*x, call=call, names=names):
+            weights = dict(zip(names, x[-len(names) :], strict=True))
+            return call(*x[: -len(names)], **weights)
+
+        assert_sums_in_blocks(weighted, *shapes, *weights)
+
+
+def confident(n):
+    """Predictions between .998 and 1, calibrated but for a tenth of a per cent."""
+    rng = np.random.default_rng(0)
+    confidence = (1 - 0.002 * rng.random(n)).astype(np.float32)
+    hit = rng.random(n) < 0.998
+    return confidence, hit, *binary(confidence, hit)
+
+
+@pytest.mark.parametrize("n", [2_000_000, pytest.param(20_000_000, marks=pytest.mark.slow)])
+def test_regression_bins_of_millions_keep_their_digits(n):
+    """In float32, one by one, ECE was .0020 for .0010 at 2 10^7, and counts stopped at 2^24."""
+    confidence, hit, probs, labels = confident(n)
+    gap = (hit - confidence.astype(float)).mean()
+    for weights in (None, jnp.ones(n)):
+        bins = metrics.reliability(probs, labels, weights=weights)
+        assert int(bins.count[-1]) == n
+        np.testing.assert_allclose(bins.ece, abs(gap), rtol=3e-6)
+        np.testing.assert_allclose(bins.accuracy[-1], hit.mean(), rtol=2e-7)
+        np.testing.assert_allclose(bins.confidence[-1], confidence.mean(dtype=float), rtol=2e-7)
+    bins = metrics.reliability(probs, labels, binning="count")
+    parts = np.array_split(np.argsort(confidence, kind="stable"), 20)
+    np.testing.assert_array_equal(bins.count, [len(part) for part in parts])
+    expected = [(hit[part] - confidence[part].astype(float)).sum() for part in parts]
+    np.testing.assert_allclose(bins.gap, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_regression_counts_of_a_histogram_do_not_stop():
+    """The counts of ``symmetrised_kl`` were float32 ones, added one by one; also by weight."""
+    low, high = np.array([0.1, 0.6], np.float32), np.array([0.6, 0.1], np.float32)
+    weights = [np.float32([3e7, 1e7])] * 2
+    kl = metrics.symmetrised_kl(low, high, 2, 2, weights_in=weights[0], weights_out=weights[1])
+    np.testing.assert_allclose(kl, math.log(3), rtol=1e-6)
+
+
+def repeat(weights, *arrays, axis=0):
+    """Each example as often as it counts, in float64."""
+    return [np.repeat(np.asarray(x), weights, axis) for x in arrays]
+
+
+def weighted_classes(seed):
+    """Predictions with whole weights; an example of weight 0 holds nothing of use."""
+    rng = np.random.default_rng(seed)
+    probs, labels = example(seed, n=60, classes=4)
+    weights = rng.integers(0, 4, 60)
+    real = repeat(weights, probs, labels)
+    probs[weights == 0], labels[weights == 0] = np.nan, 255
+    return (probs, labels, weights), real
+
+
+@pytest.mark.parametrize("binning", BINNINGS)
+def test_weights_of_labels_are_repetitions(binning):
+    """Each of five seeds against loops over the repeated examples, eager and inside ``jit``."""
+    for seed in range(5):
+        (probs, labels, weights), (real, classes) = weighted_classes(seed)
+        likelihood = real[np.arange(len(real)), classes].astype(float)
+        expected = {
+            metrics.nll: -np.log(likelihood).mean(),
+            metrics.accuracy: (real.argmax(-1) == classes).mean(),
+            metrics.brier: ((real - np.eye(4)[classes]) ** 2).sum(-1).mean(),
+            functools.partial(metrics.ece, binning=binning): ece_oracle(real, classes, 20, binning),
+        }
+        for metric, value in expected.items():
+            for w in (weights, weights.astype(np.float32)):
+                np.testing.assert_allclose(metric(probs, labels, weights=w), value, rtol=1e-5)
+        jitted = jax.jit(lambda p, y, w: metrics.reliability(p, y, binning=binning, weights=w))
+        bins = jitted(probs, labels, weights)
+        for ours, theirs in zip(bins, reliability_oracle(real, classes, 20, binning), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_weights_of_numbers_are_repetitions():
+    for seed in range(3):
+        weights = np.random.default_rng(seed).integers(0, 4, 23)
+        means, variances, targets = regression(seed, (5, 23))
+        real = repeat(weights, *wide((means, variances)), axis=1) + repeat(
+            weights, wide([targets])[0]
+        )
+        of_one = [real[0][0], real[1][0], real[2]]
+        for x in (means, variances, targets):
+            x[..., weights == 0] = np.nan
+        with jax.enable_x64(True):
+            expected = {m: m(*real) for m in MIXTURE} | {m: m(*of_one) for m in GAUSSIAN}
+            width = metrics.interval_width(of_one[1])
+        for metric, value in expected.items():  # unweighted, they have oracles of their own above
+            arrays = (means, variances) if metric in MIXTURE else (means[0], variances[0])
+            for call in (metric, jax.jit(metric)):
+                ours = call(*arrays, targets, weights=weights)
+                np.testing.assert_allclose(ours, value, rtol=2e-6, atol=1e-6)
+        error = np.sqrt(((of_one[0] - of_one[2]) ** 2).mean())
+        np.testing.assert_allclose(
+            metrics.rmse(means[0], targets, weights=weights), error, rtol=1e-6
+        )
+        ours = metrics.interval_width(variances[0], weights=weights)
+        np.testing.assert_allclose(ours, width, rtol=1e-6)
+
+
+def test_weights_of_scores_are_repetitions():
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        scores = [rng.normal(shift, 1, 60).round(1).astype(np.float32) for shift in (0, 1)]
+        weights = [rng.integers(0, 4, 60) for _ in range(2)]
+        real = [repeat(w, x)[0] for w, x in zip(weights, scores, strict=True)]
+        truth = np.repeat([0, 1], [len(x) for x in real])
+        area = sklearn.metrics.roc_auc_score(truth, np.concatenate(real))
+        false, true, _ = sklearn.metrics.roc_curve(
+            truth, np.concatenate(real), drop_intermediate=False
+        )
+        counts = [np.histogram(np.clip(x, 0, np.log(2)), 30, (0, np.log(2)))[0] + 1 for x in real]
+        p, q = (count / count.sum() for count in counts)
+        for x, w in zip(scores, weights, strict=True):
+            x[w == 0] = np.nan
+        names = {"weights_in": weights[0], "weights_out": weights[1]}
+        for wrap in (lambda f: f, jax.jit):
+            ours = wrap(metrics.auroc)(*scores, **names)
+            np.testing.assert_allclose(ours, area, rtol=1e-6)
+            ours = wrap(metrics.fpr95)(*scores, **names)
+            np.testing.assert_allclose(ours, false[true >= 0.95].min(), rtol=1e-6)
+        kl = metrics.symmetrised_kl(*scores, 2, **names)
+        np.testing.assert_allclose(kl, ((p - q) * np.log(p / q)).sum(), rtol=1e-5)
+        one_sided = metrics.auroc(real[0], scores[1], weights_out=weights[1])
+        np.testing.assert_allclose(one_sided, area, rtol=1e-6)
+
+
+def test_fractional_weights_share_an_example_between_bins():
+    """Weights of halves are repetitions of half examples, where these fill the bins evenly."""
+    rng = np.random.default_rng(0)
+    probs, labels = example(n=60, classes=4)
+    twice = rng.integers(0, 6, 60)
+    twice[0] += 1 + (-(twice.sum() + 1)) % 8
+    bins = metrics.reliability(probs, labels, 8, binning="count", weights=twice / 2)
+    expected = reliability_oracle(*repeat(twice, probs, labels), 8, "count")
+    np.testing.assert_allclose(bins.accuracy, expected[1], rtol=1e-5)
+    np.testing.assert_allclose(bins.confidence, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(bins.count, expected[2] / 2, rtol=1e-6)
+
+
+def test_weights_of_the_leading_axes():
+    """A weight for each image of a segmentation, or for each pixel."""
+    probs, labels = (x[:24].reshape(2, 3, 4, *x.shape[1:]) for x in example())
+    weights = np.array([0.5, 2.0])
+    each = np.broadcast_to(weights[:, None, None], labels.shape)
+    for metric in (*PER_LABEL,):
+        expected = metric(probs, labels, weights=each)
+        np.testing.assert_allclose(metric(probs, labels, weights=weights), expected, rtol=1e-6)
+    mean, variance, targets = (x[:60].reshape(20, 3) for x in regression())
+    weights = np.arange(20)
+    each = np.broadcast_to(weights[:, None], (20, 3))
+    for metric in GAUSSIAN:
+        ours = metric(mean, variance, targets, weights=weights)
+        np.testing.assert_allclose(ours, metric(mean, variance, targets, weights=each), rtol=1e-6)
+
+
+def test_ignored_labels_of_a_segmentation_have_no_gradient():
+    logits, labels = np.zeros((2, 3, 4), np.float32), np.array([[0, 255, 1], [-100, 2, 3]])
+    weights = (labels != 255) & (labels != -100)
+
+    def loss(z):
+        return metrics.nll(jax.nn.softmax(z), labels, weights=weights)
+
+    gradient = jax.grad(loss)(logits)
+    np.testing.assert_array_equal(np.any(gradient != 0, -1), weights)
+    np.testing.assert_allclose(loss(logits), math.log(4), rtol=1e-6)
+
+
+def test_without_any_weight_there_is_no_metric():
+    probs, labels = example(n=6)
+    none = np.zeros(6)
+    for metric in PER_LABEL:
+        assert np.isnan(metric(probs, labels, weights=none))
+    assert np.isnan(metrics.ece(probs, labels, binning="count", weights=none))
+    for metric in GAUSSIAN:
+        assert np.isnan(metric(*(x[:6] for x in regression()), weights=none))
+    scores = probs[:, 0]
+    for metric in (
+        metrics.auroc,
+        metrics.fpr95,
+        lambda x, y, **w: metrics.symmetrised_kl(x, y, 2, **w),
+    ):
+        for name in ("weights_in", "weights_out"):
+            assert np.isnan(metric(scores, scores, **{name: none}))
+
+
+def test_weights_that_are_none():
+    probs, labels = example(n=6)
+    mean, variance, targets = (x[:6] for x in regression())
+    calls = {
+        "weights": lambda w: metrics.nll(probs, labels, weights=w),
+        "weights_in": lambda w: metrics.auroc(mean, targets, weights_in=w),
+        "weights ": lambda w: metrics.gaussian_nll(mean, variance, targets, weights=w),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            ValueError, match=rf"{name.strip()} holds the value -1, but must not be"
+        ):
+            call(np.array([1, -1, 0, 2, 0, 0]))
+        with pytest.raises(ValueError, match=r"weights has shape \(5,\), but must have that of"):
+            call(np.ones(5))
+        assert np.isnan(jax.jit(call)(np.array([1.0, -1.0, 0.0, 2.0, 0.0, 0.0])))
+
+
+# Batches.
+
+
+def test_bins_of_batches_add():
+    probs, labels = example()
+    weights = np.random.default_rng(1).random(len(labels))
+    for w in (None, weights):
+        whole = metrics.reliability(probs, labels, weights=w)
+        parts = sum(
+            metrics.reliability(probs[i], labels[i], weights=None if w is None else w[i])
+            for i in (slice(0, 50), slice(50, 53), slice(53, None))
+        )
+        for ours, theirs in zip(parts, whole, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6)
+        np.testing.assert_allclose(parts.ece, whole.ece, rtol=2e-6)
+    mixed = metrics.reliability(probs, labels) + metrics.reliability(probs, labels, weights=weights)
+    np.testing.assert_allclose(mixed.count.sum(), len(labels) + weights.sum(), rtol=1e-6)
+
+
+def test_regression_a_million_batches_add_without_loss():
+    """In float32 a batch of sum .1 added to 10^5 is lost to the last digits of that."""
+    probs, labels = binary(np.full(100, 0.999), np.ones(100))
+    batch = metrics.reliability(probs, labels, 1)
+    many = 2**20 + 1
+
+    @jax.jit
+    def add_all(batch):
+        return jax.lax.fori_loop(1, many, lambda _, bins: bins + batch, batch)
+
+    bins = add_all(batch)
+    assert int(bins.count[0]) == 100 * many
+    gap = 1 - float(np.float32(0.999))
+    np.testing.assert_allclose(bins.ece, gap, rtol=2e-6)
+
+
+def test_bins_of_other_edges_do_not_add():
+    probs, labels = example(n=20)
+    width, count = metrics.reliability(probs, labels), metrics.reliability(probs, labels, 4)
+    by_count = metrics.reliability(probs, labels, binning="count")
+    for a, b in ((width, count), (by_count, by_count), (width, by_count)):
+        with pytest.raises(ValueError, match=r"other edges and do not add.*one num_bins"):
+            a + b
+    with pytest.raises(TypeError):
+        width + 1
+    with pytest.raises(TypeError):
+        1 + width
+
+
+def test_means_of_batches_combine_by_weight():
+    (probs, labels, weights), (real, classes) = weighted_classes(0)
+    parts = [slice(0, 20), slice(20, 60)]
+    values = [metrics.nll(probs[i], labels[i], weights=weights[i]) for i in parts]
+    combined = np.average(values, weights=[weights[i].sum() for i in parts])
+    np.testing.assert_allclose(combined, metrics.nll(real, classes), rtol=1e-6)
+
+
+# What stops elsewhere.
+
+
+def test_regression_sound_data_pass_jax_debug_nans_and_infs():
+    """No 0 log 0 and no 0/0, not even of empty bins or of what has no weight."""
+    probs, labels = np.eye(4, dtype=np.float32)[[0, 1, 2, 3, 0]], np.array([0, 1, 2, 2, -100])
+    probs[3] = 0.5, 0, 0.5, 0
+    weights = np.array([1, 1, 1, 1, 0.0])
+    padded = probs.copy()
+    padded[4] = np.nan
+    mean, variance, targets = (x[:5] for x in regression())
+    holes = [x.copy() for x in (mean, variance, targets)]
+    for x in holes:
+        x[4] = np.inf
+    with jax.debug_nans(True), jax.debug_infs(True):
+        for metric in (*PER_LABEL, metrics.reliability):
+            metric(probs[:4], labels[:4])
+            metric(padded, labels, weights=weights)
+        for binning in BINNINGS:
+            assert len(list(metrics.reliability(probs[:4], labels[:4], binning=binning))) == 3
+            metrics.ece(padded, labels, binning=binning, weights=weights)
+        metrics.predictive_entropy(probs)
+        metrics.mutual_information(np.stack([probs, probs[::-1]]))
+        for metric in (metrics.auroc, metrics.fpr95):
+            metric(mean, targets)
+            metric(holes[0], holes[2], weights_in=weights, weights_out=weights)
+        metrics.symmetrised_kl(np.zeros(3), np.full(3, 0.6), 2)
+        metrics.rmse(mean, targets)
+        metrics.rmse(holes[0], holes[2], weights=weights)
+        metrics.interval_width(holes[1], weights=weights)
+        metrics.moment_match(mean[None], variance[None])
+        for metric in GAUSSIAN:
+            metric(mean, variance, targets)
+            metric(*holes, weights=weights)
+        for metric in MIXTURE:
+            metric(mean[None], variance[None], targets)
+            metric(holes[0][None], holes[1][None], holes[2], weights=weights)
+
+
+def test_regression_no_program_holds_a_constant_of_the_size_of_the_data():
+    """XLA took half a minute at 10^6 rows to fold the ranks of bins of equal count."""
+    for metric, call, _ in call_many():
+        text = jax.jit(call).lower(*shapes_of(metric, 5000)).compile().as_text()
+        for dimensions in re.findall(r"\w\d+\[([\d,]*)\]\S* constant\(", text):
+            assert math.prod(int(d) for d in dimensions.split(",") if d) < 1000, metric
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+@pytest.mark.parametrize("metric", PER_LABEL)
+def test_regression_labels_of_64_bits_are_not_wrapped_around(metric, dtype):
+    """Without x64 JAX makes a 2 of the label 2^32 + 2."""
+    probs, labels = example(n=6)
+    labels = labels.astype(dtype)
+    labels[2] = 2**32 + 2
+    with pytest.raises(ValueError, match=r"labels holds 4294967298, but probs has 7 classes"):
+        metric(probs, labels)
+    weights = np.arange(6) != 2
+    expected = metric(probs[weights], labels[weights])
+    np.testing.assert_allclose(metric(probs, labels, weights=weights), expected, rtol=1e-6)
+
+
+def test_regression_targets_and_scores_of_64_bits_are_not_wrapped_around():
+    """As floats they are rounded: 2^32 + 2 was 2."""
+    large = np.array([2**32 + 2, 2**33])
+    np.testing.assert_allclose(metrics.rmse(np.zeros(2), large), math.sqrt((2**64 + 2**66) / 2))
+    assert float(metrics.auroc(np.array([5, 6]), large)) == 1.0
+
+
+def test_several_outputs_alone_and_jointly():
+    """Targets (N, D): each output under its own mixture, or the joint density by SciPy."""
+    means, variances, targets = (x[..., :20].reshape(*x.shape[:-1], 10, 2) for x in mixture())
+    density = scipy.stats.norm.pdf(targets, *wide((means, np.sqrt(variances))))
+    alone = -np.log(density.mean(0)).mean()
+    joint = -np.log(density.prod(-1).mean(0))
+    np.testing.assert_allclose(metrics.mixture_nll(means, variances, targets), alone, rtol=2e-6)
+    call = functools.partial(metrics.mixture_nll, means, variances, targets, event_ndim=1)
+    np.testing.assert_allclose(call(), joint.mean(), rtol=2e-6)
+    weights = np.arange(10)
+    expected = np.average(joint, weights=weights)
+    np.testing.assert_allclose(call(weights=weights), expected, rtol=2e-6)
+    for wrong in (-1, 3, None, 0.5):
+        with pytest.raises(ValueError, match=rf"event_ndim is {wrong}, but targets has 2 axes"):
+            metrics.mixture_nll(means, variances, targets, event_ndim=wrong)
