@@ -868,6 +868,7 @@ def _bins(
     gap = jnp.where(_is_sound(probs, labels).ravel(), hit - confidence, jnp.nan)
     if weights is not None:
         weights = summing.spread_weights(weights, labels.shape, gap.dtype).ravel()
+    hit, confidence, gap, weights = map(summing.gathered, (hit, confidence, gap, weights))
     if weights is not None and binning == "count":
         count, hits, gap = _share_by_count(confidence, hit, gap, weights, num_bins)
     else:
@@ -976,6 +977,9 @@ def _area(
     outside: jax.Array,
     weights_out: jax.Array | None,
 ) -> jax.Array:
+    inside, weights_in, outside, weights_out = map(
+        summing.gathered, (inside, weights_in, outside, weights_out)
+    )
     inside, outside = summing.blank(inside, weights_in), summing.blank(outside, weights_out)
     below, not_above = (_share_below(inside, weights_in, outside, s) for s in ("left", "right"))
     area = summing.mean((below + not_above) / 2, weights_out)
@@ -1002,6 +1006,9 @@ def _false_alarms(
     outside: jax.Array,
     weights_out: jax.Array | None,
 ) -> jax.Array:
+    inside, weights_in, outside, weights_out = map(
+        summing.gathered, (inside, weights_in, outside, weights_out)
+    )
     inside, outside = summing.blank(inside, weights_in), summing.blank(outside, weights_out)
     threshold, has_weight = _threshold(outside, weights_out)
     alarm = inside >= threshold
@@ -1033,6 +1040,9 @@ def _divergence(
     num_bins: int,
     smoothing: float,
 ) -> jax.Array:
+    inside, weights_in, outside, weights_out = map(
+        summing.gathered, (inside, weights_in, outside, weights_out)
+    )
     inside, outside = summing.blank(inside, weights_in), summing.blank(outside, weights_out)
     pairs = (inside, weights_in), (outside, weights_out)
     counts = [_histogram(*pair, math.log(num_classes), num_bins) + smoothing for pair in pairs]
@@ -1321,7 +1331,8 @@ def _check_classes(
     if is_traced(weights) or (known[0] is None and known[1] is None and weights is None):
         return
     with jax.ensure_compile_time_eval():  # a constant may meet us inside a jitted function
-        least_weight, least, worst, lowest, highest = jax.device_get(_extremes(*known, weights))
+        least_weight, least, sums, lowest, highest = jax.device_get(_extremes(*known, weights))
+    worst = max(sums, key=lambda total: abs(total - 1))
     summing.check_weights(least_weight)
     if least < 0:
         raise ValueError(
@@ -1339,21 +1350,20 @@ def _check_classes(
 
 @jax.jit
 def _extremes(probs: Any, labels: Any, weights: Any) -> tuple[Any, ...]:
-    """Least weight; least probability and worst sum; least and greatest label, of what counts."""
+    """Least weight; least probability, ends of its sums; ends of the labels: of what counts."""
     least_weight = 0.0 if weights is None else jnp.min(weights)
     least: Any = 0.0
-    worst: Any = 1.0
+    sums: Any = (1.0, 1.0)
     lowest: Any = 0
     highest: Any = 0
     if probs is not None:
         probs = summing.blank(probs, weights)
-        total = jnp.sum(probs, axis=-1)
-        total = summing.blank(total, weights).ravel()
-        least, worst = jnp.min(probs), total[jnp.argmax(jnp.abs(total - 1))]
+        total = summing.blank(jnp.sum(probs, axis=-1), weights)
+        least, sums = jnp.min(probs), (jnp.min(total), jnp.max(total))
     if labels is not None:
         labels = summing.blank(labels, weights, fill=0)
         lowest, highest = jnp.min(labels), jnp.max(labels)
-    return least_weight, least, worst, lowest, highest
+    return least_weight, least, sums, lowest, highest
 
 
 def _check_scores(name: str, scores: jax.Array, weights: jax.Array | None) -> None:

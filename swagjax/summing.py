@@ -145,6 +145,15 @@ def widen(x: jax.Array) -> jax.Array:
         return x if wide else x.astype(jnp.float32)
 
 
+def gathered(x: jax.Array | None) -> Any:
+    """The array on every device: of what an Explicit mesh splits, there is no sort or scatter."""
+    sharding: Any = jax.typeof(x).sharding if x is not None else None
+    if x is None or all(axis is None for axis in sharding.spec):
+        return x
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*[None] * x.ndim))
+    return jax.sharding.reshard(x, whole)
+
+
 @contextlib.contextmanager
 def nan_is_meant() -> Iterator[None]:
     """Let NaN and infinity stand for what is meant, where jax_debug_nans would stop."""

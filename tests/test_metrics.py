@@ -13,6 +13,7 @@ import scipy.stats
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from swagjax import metrics
 
@@ -1437,3 +1438,20 @@ def test_several_outputs_alone_and_jointly():
     for wrong in (-1, 3, None, 0.5):
         with pytest.raises(ValueError, match=rf"event_ndim is {wrong}, but targets has 2 axes"):
             metrics.mixture_nll(means, variances, targets, event_ndim=wrong)
+
+
+def test_regression_examples_split_by_an_explicit_mesh():
+    """Checks, sorts and scatters of split arrays were a ``ShardingTypeError``."""
+    probs, labels = example(n=64)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        p, y, x = (jax.device_put(a, split) for a in (probs, labels, probs[:, 0]))
+        for metric in PER_LABEL:
+            np.testing.assert_allclose(metric(p, y), metric(probs, labels), rtol=1e-6)
+        ours = metrics.ece(p, y, binning="count", weights=x)
+        theirs = metrics.ece(probs, labels, binning="count", weights=probs[:, 0])
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        assert float(metrics.auroc(x, x)) == 0.5
+        metrics.fpr95(x, x)
+        assert float(metrics.symmetrised_kl(x, x, 3)) == 0.0
