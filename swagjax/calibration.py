@@ -332,7 +332,10 @@ def _read_regression(
     # The metric checks the shapes, and knows its dtype.
     loss = partial(metrics.mixture_nll, event_ndim=event_ndim)
     dtype = jax.eval_shape(lambda *x: loss(*x[:3], weights=x[3]), *arrays.values(), weights).dtype
-    counts = None if weights is None else summing.read_numbers(weights)
+    counts = None if weights is None else summing.widen(summing.read_numbers(weights))
+    if counts is not None and not is_traced(counts):
+        with jax.ensure_compile_time_eval():
+            summing.check_weights(float(jnp.min(counts)))
     for name, x in arrays.items():
         if not is_traced(x) and not is_traced(counts):
             _check_numbers(name, x, counts, 0.0 if name == "variances" else -math.inf)

@@ -99,7 +99,7 @@ class Reliability:
     @property
     def confidence(self) -> jax.Array:
         """Mean probability of the predicted class, shape ``(num_bins,)``; NaN in an empty bin."""
-        return _per_example(self.hits - self.gap, self.count)
+        return _per_example(self.hits.astype(self.gap.dtype) - self.gap, self.count)
 
     @property
     def accuracy(self) -> jax.Array:
@@ -1015,7 +1015,7 @@ def _false_alarms(
     if weights_in is None:
         rate = jnp.sum(alarm) / alarm.size
     else:
-        rate = summing.mean(alarm.astype(summing.widen(weights_in).dtype), weights_in)
+        rate = summing.mean(alarm.astype(weights_in.dtype), weights_in)
     sound = has_weight & ~_any_nan(inside) & ~_any_nan(outside)
     return jnp.where(sound, rate, jnp.nan)
 

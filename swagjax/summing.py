@@ -67,7 +67,7 @@ def two_sum(
 
 def spread_weights(weights: jax.Array, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
     """The weights of the leading axes of ``shape``, in ``shape``; a negative one is NaN."""
-    weights = weights.astype(dtype or widen(weights).dtype)
+    weights = weights.astype(dtype or weights.dtype)
     weights = jnp.where(weights >= 0, weights, jnp.nan)
     weights = weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim))
     return jnp.broadcast_to(weights, shape)
@@ -89,7 +89,7 @@ def read_weights(weights: ArrayLike | None, name: str, shape: tuple[int, ...]) -
     """The weights as an array, or None; their shape is that of ``name``, or of its first axes."""
     if weights is None:
         return None
-    array = read_numbers(weights)
+    array = widen(read_numbers(weights))
     if array.shape != shape[: array.ndim]:
         raise ValueError(
             f"weights has shape {array.shape}, but must have that of {name}, {shape}, or of its "

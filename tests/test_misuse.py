@@ -610,6 +610,14 @@ SCORING = {
         lambda: swagjax.metrics.accuracy(scored(), LABELS.at[4].set(-1)),
         r"labels holds -1, but probs has 3 classes, .*leave these examples out",
     ),
+    "a weight below zero": (
+        lambda: swagjax.metrics.nll(scored(), LABELS, weights=jnp.array([1, 1, -1, 1, 1])),
+        r"weights holds the value -1, but must not be negative: .*0 for not at all",
+    ),
+    "weights of other examples": (
+        lambda: swagjax.metrics.ece(scored(), LABELS, weights=jnp.ones(4)),
+        r"weights has shape \(4,\), but must have that of labels, \(5,\).*one weight per example",
+    ),
     "one-hot labels": (
         lambda: swagjax.metrics.brier(scored(), jax.nn.one_hot(LABELS, 3)),
         r"labels has shape \(5, 3\) and probs \(5, 3\).*one-hot labels become numbers by argmax",
@@ -642,6 +650,14 @@ NUMBERS = {
     "the temperature of what is never wrong": (
         lambda: swagjax.calibration.fit_temperature(10 * jnp.eye(3), jnp.arange(3)),
         r"logits are highest at the label for every example.*give more held-out examples",
+    ),
+    "the temperature of probabilities": (
+        lambda: swagjax.calibration.fit_temperature(scored(), LABELS),
+        r"logits holds probabilities: .*jnp\.log\(probs\)",
+    ),
+    "outputs that targets do not have": (
+        lambda: swagjax.metrics.mixture_nll(MEANS.T, 1.0, TARGETS, event_ndim=2),
+        r"event_ndim is 2, but targets has 1 axes: .*1 for targets of shape \(N, D\)",
     ),
     "a scale in place of a loss": (
         lambda: swagjax.calibration.fit_scale(0.5),
