@@ -305,7 +305,8 @@ def _evaluator(chosen: Language, parts: Parts) -> Callable[..., dict[str, Any]]:
             probs = np.concatenate([np.asarray(each) for each in of_batches])
             probs = probs.reshape(-1, probs.shape[-1])
             bins = metrics.reliability(probs, following, binning="count")
-            bins = {key: np.asarray(x).tolist() for key, x in bins._asdict().items()}
+            names = ("confidence", "accuracy", "count")
+            bins = {key: np.asarray(x).tolist() for key, x in zip(names, bins, strict=True)}
             found[name] = {"scores": scores(probs, following), "reliability": bins}
         return found
 
