@@ -16,10 +16,74 @@ Partial is a pytree, so a new state or scale in it compiles nothing anew. Functi
 by identity: define ``prob_fn``, or a function that stands for the posterior, once, not in the loop
 that calls ``predict``.
 
+A sample may be anything that ``prob_fn`` takes, so a function of a key covers more than weights.
+MC dropout, where a sample is a mask, by weights that stay and a key:
+
+>>> import flax.linen as nn, jax, jax.numpy as jnp, swagjax
+>>> class Net(nn.Module):
+...     @nn.compact
+...     def __call__(self, x, train):
+...         return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(x))
+>>> model, x = Net(), jnp.ones((3, 4))
+>>> params = model.init(jax.random.key(0), x, train=False)["params"]
+>>> def draw(key):
+...     return params, key  # for SWAG and dropout: swagjax.sample(first, state), second
+>>> def dropped(sample, x):
+...     params, key = sample
+...     logits = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
+...     return jax.nn.softmax(logits)
+>>> swagjax.predict(jax.random.key(1), draw, dropped, x).shape
+(3, 2)
+
+Checkpoints that lie on disk are collected one by one, as from updates that are zero, and never
+stand in memory together:
+
+>>> tx = swagjax.swag(rank=2)
+>>> state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+>>> for factor in (1.0, 2.0, 3.0):
+...     restored = jax.tree.map(lambda p: factor * p, params)  # read a checkpoint here
+...     _, state = tx.update(zeros, state, restored)
+>>> int(state.num_collected)
+3
+
+A model in bfloat16, whose layers run in a ``lax.scan``, must get bfloat16 weights, as a scan does
+not let its carry change its dtype; the state holds float32, and ``like`` casts:
+
+>>> half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), {"w": jnp.ones((5, 3, 3))})
+>>> tx = swagjax.swag_diag()
+>>> _, state = tx.update(jax.tree.map(jnp.zeros_like, half), tx.init(half), half)
+>>> def scanned(params, x):
+...     return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
+>>> posterior = jax.tree_util.Partial(swagjax.sample, state=state, like=half)
+>>> swagjax.predict(jax.random.key(0), posterior, scanned, jnp.ones((2, 3), jnp.bfloat16)).shape
+(2, 3)
+
+A model of flax nnx is split outside and merged inside of ``prob_fn``, in evaluation mode and with
+``copy=True``, without which one that writes a variable when called (a counter, the count of a
+stream of random numbers) raises a ``TraceContextError``:
+
+>>> from flax import nnx
+>>> class Counting(nnx.Module):
+...     def __init__(self, rngs):
+...         self.layer, self.calls = nnx.Linear(4, 2, rngs=rngs), nnx.Variable(jnp.zeros(()))
+...     def __call__(self, x):
+...         self.calls[...] += 1
+...         return jax.nn.softmax(self.layer(x))
+>>> counting = Counting(nnx.Rngs(0))
+>>> counting.eval()
+>>> graphdef, params, rest = nnx.split(counting, nnx.Param, ...)
+>>> tx = swagjax.swag_diag()
+>>> _, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+>>> def merged(params, x):
+...     return nnx.merge(graphdef, params, rest, copy=True)(x)
+>>> swagjax.predict(jax.random.key(0), state, merged, x).shape
+(3, 2)
+
 Source: Maddox et al. 2019 (arXiv:1902.02476), section 3.3 and algorithm 1.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,13 +93,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swagjax import ensemble, prng, programs
-from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
+from swagjax import batch_stats, ensemble, prng, programs
+from swagjax.batch_stats import Refresh, refuse_stored, refuse_training
 from swagjax.ensemble import Mixture, Points
 from swagjax.posterior import check_collected, from_noise, sample
 from swagjax.transform import SWAGState, check_integer, widen
 
 _NUM_SAMPLES = 30
+_NO_POSTERIOR = (
+    "posterior is a {}: give a SWAGState, swagjax.get_state(opt_state), or a function from a key "
+    "to weights; the model is called in prob_fn"
+)
 _WEIGHTS_IN_FLIGHT = 1 << 30  # bytes of samples side by side on an accelerator, by default
 
 
@@ -73,15 +141,18 @@ def predict(
         numbers, and no error in what is linear in the weights. For a ``SWAGState``, or a Partial
         of ``sample`` with one, and even S.
       refresh: ``params -> statistics`` for a model with batch statistics, called for each sample:
-        see ``swagjax.batch_stats``.
+        see ``swagjax.batch_stats``. One over a loader walks it once for all samples.
 
     Returns:
       What ``prob_fn`` returns, averaged, in float32 at the least.
 
     Raises:
-      ValueError: for a bad argument, a state that has collected nothing, or a linen model that
-        runs BatchNorm on statistics of other weights: without ``refresh`` that takes
-        ``refresh=batch_stats.keep(statistics)``.
+      ValueError: for a bad argument, a state that has collected nothing, or a model of flax or
+        Equinox that runs BatchNorm on statistics of other weights (without ``refresh`` that takes
+        ``refresh=batch_stats.keep(statistics)``) or was left in training mode. A BatchNorm inside
+        a jitted function that ran before is not seen, unless that is ``prob_fn`` itself.
+
+    MC dropout, checkpoints on disk, bfloat16 and flax nnx: see the head of this module.
 
     Example:
       >>> import jax, jax.numpy as jnp, swagjax
@@ -97,7 +168,7 @@ def predict(
       ((3,), 0.5)
     """
     run, keys = _prepare(key, posterior, prob_fn, num_samples, chunk_size, antithetic, refresh)
-    return _run(run, keys, None, inputs, _MEAN)
+    return _run(*_walked(run, keys), inputs, _MEAN)
 
 
 def predict_log(
@@ -128,7 +199,7 @@ def predict_log(
       [-1000. -1000.]
     """
     run, keys = _prepare(key, posterior, log_prob_fn, num_samples, chunk_size, antithetic, refresh)
-    return _run(run, keys, None, inputs, _LOG_MEAN)
+    return _run(*_walked(run, keys), inputs, _LOG_MEAN)
 
 
 def predict_samples(
@@ -162,7 +233,7 @@ def predict_samples(
       (4, 5) [2. 2. 2. 2. 2.]
     """
     run, keys = _prepare(key, posterior, prob_fn, num_samples, chunk_size, antithetic, refresh)
-    return _run(run, keys, None, inputs, None)
+    return _run(*_walked(run, keys), inputs, None)
 
 
 def predict_batches(
@@ -197,10 +268,9 @@ def predict_batches(
       [0.5, 0.5, 0.5]
     """
     run, keys = _prepare(key, posterior, prob_fn, num_samples, chunk_size, antithetic, refresh)
-    stats = None
-    if refresh is not None:
-        stacked = _run(run._replace(prob_fn=_statistics), keys, None, (), None)
-        stats = jax.tree.map(lambda s: s.reshape(len(keys), -1, *s.shape[1:]), stacked)
+    run, keys, stats = _walked(run, keys)
+    if refresh is not None and stats is None:
+        stats = _for_each(run._replace(prob_fn=_statistics), keys, None, ())
     return (_run(run, keys, stats, batch, _MEAN) for batch in batches)
 
 
@@ -245,8 +315,6 @@ def _prepare(
     _check_functions(prob_fn, refresh)
     if chunk_size is not None:
         chunk_size = check_integer("chunk_size", chunk_size, 1)
-    if refresh is None:
-        refuse_closure(prob_fn)
     keys = prng.typed_keys(key)
     if keys.ndim > 1 or keys.size == 0:
         raise ValueError(f"key holds keys of shape {keys.shape}: give one, or one for each sample")
@@ -266,13 +334,22 @@ def _check_posterior(posterior: Any, antithetic: bool) -> None:
     if isinstance(posterior, Mixture | Points):
         ensemble.size(posterior)  # raises where it is of no use
     elif not (_is_state(posterior) or callable(posterior)):
-        raise ValueError(
-            f"posterior is a {type(posterior).__name__}: give a SWAGState, "
-            "swagjax.get_state(opt_state), or a function from a key to weights"
-        )
+        raise ValueError(_NO_POSTERIOR.format(type(posterior).__name__))
+    _check_no_model(posterior)
     _check_whole(posterior)
     if antithetic:
         _state_and_like(posterior)  # raises where there is no mean
+
+
+def _check_no_model(posterior: Any) -> None:
+    """Refuse a model, which can be called as well, unless it makes something of a key."""
+    kinds = [sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox")]
+    if isinstance(posterior, tuple(kind.Module for kind in kinds if kind is not None)):
+        try:
+            jax.eval_shape(posterior, jax.random.key(0))
+        except Exception as error:
+            kind = f"{type(posterior).__name__}, a model"
+            raise ValueError(_NO_POSTERIOR.format(kind)) from error
 
 
 def _check_whole(posterior: Any) -> None:
@@ -311,9 +388,7 @@ def _check_functions(prob_fn: Any, refresh: Any) -> None:
 
 def _check_inputs(inputs: Any) -> None:
     """Refuse what streams; a list or a tuple of arrays is a tree."""
-    may_stream = isinstance(inputs, Iterable) and not hasattr(inputs, "shape")
-    # An iterator first: JAX warns of one among its trees.
-    if may_stream and (isinstance(inputs, Iterator) or _is_leaf(inputs)):
+    if batch_stats.is_loader(inputs):
         raise ValueError(
             f"inputs is a {type(inputs).__name__}: give an array or a tree of arrays, or stream "
             "over batches by predict_batches"
@@ -360,6 +435,24 @@ def _run(run: _Run, keys: jax.Array, stats: Any, inputs: Any, reduction: _Reduct
     _check_inputs(inputs)
     arrays, static = programs.separate(run, "posterior, prob_fn or refresh")
     return _program(arrays, keys, stats, inputs, static, reduction)
+
+
+def _walked(run: _Run, keys: jax.Array) -> tuple[_Run, jax.Array, Any]:
+    """The statistics of all samples where ``refresh`` walks a loader; it is walked once."""
+    walk = run.refresh
+    if not isinstance(walk, batch_stats.Walk):
+        return run, keys, None
+
+    def step(function: Any, inputs: Any, sums: Any) -> Any:
+        return _for_each(run._replace(prob_fn=function, refresh=_walking), keys, sums, inputs)
+
+    return run._replace(refresh=batch_stats.keep(None)), keys, walk.walk(step)
+
+
+def _for_each(run: _Run, keys: jax.Array, stats: Any, inputs: Any) -> Any:
+    """Outputs of every sample, with leading axes (keys, draws of a key)."""
+    stacked = _run(run, keys, stats, inputs, None)
+    return jax.tree.map(lambda x: x.reshape(len(keys), -1, *x.shape[1:]), stacked)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -424,7 +517,8 @@ def _reduce(
         return jax.tree.map(reduction.between, total, partial(xs)), None
 
     shapes = jax.eval_shape(partial, _at(chunks, 0))
-    empty = jax.tree.map(lambda s: jnp.full(s.shape, reduction.identity, s.dtype), shapes)
+    # Also of the same sharding on an explicit mesh, and varying over the same manual axes.
+    empty = jax.tree.map(lambda s: jax.lax.full_like(s, reduction.identity), shapes)
     total, _ = jax.lax.scan(add, empty, chunks)
     if rest is not None:
         total, _ = add(total, rest)
@@ -453,8 +547,12 @@ def _evaluate(run: _Run, inputs: Any, x: tuple[jax.Array, Any, Any]) -> Any:
 
 
 def _output(run: _Run, inputs: Any, theta: Any, stats: Any) -> Any:
+    if run.refresh is _walking:
+        return run.prob_fn(theta, inputs, stats)
     if run.refresh is not None:
-        outputs = run.prob_fn(theta, inputs, run.refresh(theta) if stats is None else stats)
+        stats = run.refresh(theta) if stats is None else stats
+        with refuse_training():
+            outputs = run.prob_fn(theta, inputs, stats)
     else:
         with refuse_stored():
             outputs = run.prob_fn(theta, inputs)
@@ -496,14 +594,14 @@ def _draw(posterior: Any, key: jax.Array, index: Any) -> Any:
     return sample(key, posterior) if _is_state(posterior) else posterior(key)
 
 
+def _walking(params: Any) -> None:
+    """Stand for the refresh in a step of a walk, a pass in training mode on the sums so far."""
+    del params
+
+
 def _statistics(params: Any, inputs: Any, stats: Any) -> Any:
     del params, inputs
     return stats
-
-
-def _is_leaf(node: Any) -> bool:
-    leaves = jax.tree.leaves(node)
-    return len(leaves) == 1 and leaves[0] is node
 
 
 def _is_masked(node: Any) -> bool:

@@ -24,17 +24,18 @@ class Static(NamedTuple):
 
 
 def separate(functions: Any, names: str) -> tuple[list[Any], Static]:
-    """Part a tree of functions into its arrays and all else, which is hashable.
+    """Part a tree of functions into its arrays and all else, which gets a hash.
 
     Args:
-      functions: a tree with functions, arrays and hashable values for leaves.
+      functions: a tree with functions, arrays and other values for leaves; those without a hash
+        are told apart by identity, as functions are.
       names: what the tree is called in errors.
 
     Returns:
       The arrays, None in the places of other leaves; and the others, None in those of arrays.
 
     Raises:
-      ValueError: for what can be neither traced nor compiled in.
+      ValueError: for a tree whose own structure has no hash.
 
     Example:
       >>> from swagjax import programs
@@ -44,7 +45,7 @@ def separate(functions: Any, names: str) -> tuple[list[Any], Static]:
     leaves, treedef = jax.tree.flatten(functions)
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
     # With its type: 1, 1.0 and True are equal, and would share a program.
-    others = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+    others = tuple(None if _is_array(leaf) else (type(leaf), _hashable(leaf)) for leaf in leaves)
     try:
         hash((treedef, others))
     except TypeError as error:
@@ -63,7 +64,7 @@ def together(arrays: list[Any], static: Static) -> Any:
       >>> programs.together(*programs.separate([len, 2.0], "it"))
       [<built-in function len>, 2.0]
     """
-    leaves = [a if o is None else o[1] for a, o in zip(arrays, static.leaves, strict=True)]
+    leaves = [a if o is None else _bare(o[1]) for a, o in zip(arrays, static.leaves, strict=True)]
     return jax.tree.unflatten(static.treedef, leaves)
 
 
@@ -80,6 +81,31 @@ def unjit(function: Any) -> Any:
     while isinstance(function, jitted):
         function = function.__wrapped__
     return function
+
+
+class _Same:
+    """A leaf without a hash, such as a linen module with a list in it: told apart by identity."""
+
+    def __init__(self, leaf: Any):
+        self.leaf = leaf
+
+    def __hash__(self) -> int:
+        return id(self.leaf)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.leaf is other.leaf
+
+
+def _hashable(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return _Same(leaf)
+    return leaf
+
+
+def _bare(leaf: Any) -> Any:
+    return leaf.leaf if isinstance(leaf, _Same) else leaf
 
 
 def _is_array(leaf: Any) -> bool:

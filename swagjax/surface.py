@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from swagjax import prng, programs
-from swagjax.batch_stats import Refresh, refuse_closure, refuse_stored
+from swagjax.batch_stats import Refresh, refuse_stored, refuse_training
 from swagjax.gaussian import (
     Centering,
     collected,
@@ -411,8 +411,9 @@ def evaluate(
       What ``fn`` returns, its leaves behind the axes of ``at``.
 
     Raises:
-      ValueError: for a bad argument, or a linen model that runs BatchNorm on statistics of other
-        weights: without ``refresh`` that takes ``refresh=batch_stats.keep(statistics)``.
+      ValueError: for a bad argument, or a model of flax or Equinox that runs BatchNorm on
+        statistics of other weights (without ``refresh`` that takes
+        ``refresh=batch_stats.keep(statistics)``) or was left in training mode.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -432,8 +433,6 @@ def evaluate(
     shapes = {jnp.shape(x) for x in jax.tree.leaves(at)}
     if len(shapes) != 1 or 0 in next(iter(shapes)):
         raise ValueError(f"at holds arrays of shapes {sorted(shapes)}: give one shape, not empty")
-    if refresh is None:
-        refuse_closure(fn)
     return _compiled(_Evaluation(chunk_size), (programs.unjit(fn), path, refresh), at, data)
 
 
@@ -670,7 +669,9 @@ class _Evaluation(NamedTuple):
         def one(c: Any) -> Any:
             params = path(c)
             if refresh is not None:
-                return _values(fn(params, data, refresh(params)))
+                stats = refresh(params)
+                with refuse_training():
+                    return _values(fn(params, data, stats))
             with refuse_stored():
                 return _values(fn(params, data))
 

@@ -2,6 +2,7 @@ import functools
 import math
 import re
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -526,6 +527,28 @@ def test_a_wrong_posterior_points_to_get_state(state, predictor):
         predictor(KEY, opt_state, probabilities, X)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Dense(2),
+        nnx.Linear(3, 2, rngs=nnx.Rngs(0)),
+        eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)),
+    ],
+    ids=["linen", "nnx", "equinox"],
+)
+def test_a_model_in_place_of_the_posterior_is_refused_by_name(model):
+    """It can be called, as a function from a key to weights can."""
+    name = type(model).__name__
+    with pytest.raises(ValueError, match=f"posterior is a {name}, a model: give a SWAGState"):
+        swagjax.predict(KEY, model, probabilities, X)
+
+
+def test_a_module_that_makes_weights_of_a_key_is_a_posterior(state):
+    posterior = eqx.Partial(swagjax.sample, state=state)
+    got = swagjax.predict(KEYS, posterior, probabilities, X)
+    np.testing.assert_allclose(got, each(KEYS, state, probabilities, X).mean(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("predictor", EVERY)
 def test_an_empty_state_is_refused_wherever_it_stands(predictor):
     empty = collect(count=0)
@@ -714,6 +737,44 @@ def largest(pattern, text):
     return max((math.prod(map(int, filter(None, s.split(",")))) for s in sizes), default=0)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("predictor", "chunk_size"),
+    [(p, c) for p in (swagjax.predict, swagjax.predict_log) for c in (1, 3)]
+    + [(by_batches, 3), (swagjax.predict_samples, 3)],
+)
+def test_inputs_split_over_devices(state, axis_type, predictor, chunk_size):
+    """On an explicit mesh the scan's start lacked the sharding of the outputs: a TypeError."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
+    log = predictor is swagjax.predict_log
+    fn, keys = (log_probabilities if log else probabilities), KEYS[:4]
+    got = predictor(keys, state, fn, spread, chunk_size=chunk_size)
+    wanted = each(keys, state, probabilities, x)
+    if predictor is by_batches:
+        (got,) = got
+    if predictor is not swagjax.predict_samples:
+        wanted = wanted.mean(0)
+    np.testing.assert_allclose(np.exp(got) if log else got, wanted, rtol=1e-4)
+    if axis_type == AxisType.Explicit:
+        assert jax.typeof(got).sharding.spec[-2] == "d"
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_predict_inside_shard_map(state, check_vma):
+    """The scan's start varies over the manual axes as the outputs do."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+
+    def part(x):
+        return swagjax.predict(KEYS[:4], state, probabilities, x, chunk_size=2)
+
+    specs = {"in_specs": PartitionSpec("d"), "out_specs": PartitionSpec("d")}
+    got = jax.jit(jax.shard_map(part, mesh=mesh, check_vma=check_vma, **specs))(x)
+    np.testing.assert_allclose(got, each(KEYS[:4], state, probabilities, x).mean(0), rtol=1e-4)
+
+
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_programs_lower_for_cpu_cuda_and_tpu(state, predictor):
     def program(key, state, x):
@@ -888,32 +949,85 @@ def test_linen_batch_norm_in_training_mode_is_nobodys_concern(linen_net):
 
 def nnx_closures(model):
     """Ways to write a prob_fn that runs an nnx model on the statistics it stores."""
-    model.eval()
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
 
     def by_merge(params, x):
-        return nnx.merge(graphdef, params, rest)(x)
+        return nnx.merge(graphdef, params, rest, copy=True)(x)
 
     def by_update(params, x):
         copy = nnx.clone(model)
         nnx.update(copy, params)
         return copy(x)
 
-    return {
-        "merge": by_merge,
-        "update": by_update,
-        "jit": jax.jit(by_merge),
-        "nested": lambda params, x: jax.nn.softmax(by_merge(params, x)),
-        "partial": functools.partial(lambda rest, p, x: nnx.merge(graphdef, p, rest)(x), rest),
-    }
+    jitted = jax.jit(by_merge)
+    if not model.norm.use_running_average:
+        return {"merge": by_merge, "jit": jitted}
+    jitted(nnx.state(model, nnx.Param), X)  # its trace must not hide the layers inside
+    return {"merge": by_merge, "update": by_update, "jit": jitted}
 
 
-@pytest.mark.parametrize("way", ["merge", "update", "jit", "nested", "partial"])
+@pytest.mark.parametrize("way", ["merge", "update", "jit"])
 def test_nnx_batch_norm_on_stored_statistics_is_refused(nnx_net, way):
-    state = nnx_net[2]
-    prob_fn = nnx_closures(NNXNet(nnx.Rngs(0)))[way]
+    model = nnx.view(NNXNet(nnx.Rngs(0)), use_running_average=True)
     with pytest.raises(ValueError, match=r"stored statistics.*\.nnx"):
+        swagjax.predict(KEY, nnx_net[2], nnx_closures(model)[way], X, num_samples=2)
+
+
+@pytest.mark.parametrize("way", ["merge", "jit"])
+def test_forgetting_eval_before_the_split_is_refused(nnx_net, way):
+    """Else the same row is .981 or .855, by what else is in its batch; also with a refresh."""
+    model, state, refresh = NNXNet(nnx.Rngs(0)), nnx_net[2], nnx_net[3]
+    prob_fn = nnx_closures(model)[way]
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
         swagjax.predict(KEY, state, prob_fn, X, num_samples=2)
+    graphdef, _, _, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+
+    def with_stats(params, x, stats):
+        return nnx.merge(graphdef, params, stats, rest)(x)
+
+    with pytest.raises(ValueError, match="training mode"):
+        swagjax.predict(KEY, state, with_stats, X, num_samples=2, refresh=refresh)
+
+
+def test_equinox_batch_norm_on_stored_statistics_is_refused():
+    model, stats = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    params, static = eqx.partition(eqx.nn.inference_mode(model), eqx.is_inexact_array)
+
+    def stored(params, x):
+        return jax.vmap(eqx.combine(params, static), (0, None))(x, stats)[0]
+
+    with pytest.raises(ValueError, match=r"stored statistics.*\.refresher"):
+        swagjax.predict(KEY, lambda key: params, stored, X, num_samples=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [("linen_net", {"antithetic": True, "chunk_size": 2}), ("nnx_net", {"chunk_size": 3})],
+)
+def test_a_loader_is_walked_once_for_all_samples(net, options, request):
+    """And gives the statistics that its batches give as one array."""
+    model, stats, state, refresh, log_prob_fn = request.getfixturevalue(net)
+    walks = []
+
+    class Loader:
+        def __iter__(self):
+            walks.append(1)
+            yield from (X[:3], X[3:])
+
+    if net == "linen_net":
+        streamed = batch_stats.linen(model, stats, Loader(), train=True)
+    else:
+        streamed = batch_stats.nnx(model, Loader())
+    options = {"num_samples": 4, **options}
+    wanted = swagjax.predict_samples(KEY, state, log_prob_fn, X, refresh=refresh, **options)
+    got = swagjax.predict_samples(KEY, state, log_prob_fn, X, refresh=streamed, **options)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    assert len(walks) == 1
+    batches = swagjax.predict_batches(KEY, state, log_prob_fn, [X, X], refresh=streamed, **options)
+    for batch in batches:
+        np.testing.assert_allclose(batch, wanted.mean(0), rtol=1e-4, atol=1e-5)
+    assert len(walks) == 2
 
 
 @NETS
