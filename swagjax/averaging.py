@@ -345,8 +345,9 @@ def _check_no_model(posterior: Any) -> None:
     """Refuse a model, which can be called as well, unless it makes something of a key."""
     kinds = [sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox")]
     if isinstance(posterior, tuple(kind.Module for kind in kinds if kind is not None)):
+        draw: Any = posterior
         try:
-            jax.eval_shape(posterior, jax.random.key(0))
+            jax.eval_shape(draw, jax.random.key(0))
         except Exception as error:
             kind = f"{type(posterior).__name__}, a model"
             raise ValueError(_NO_POSTERIOR.format(kind)) from error

@@ -172,16 +172,15 @@ def nnx(
     trainer.train()
     kinds = (flax_nnx.Param, flax_nnx.BatchStat, flax_nnx.RngKey, ...)
     graphdef, _, *states = flax_nnx.split(trainer, *kinds)
-    stats, keys, rest = map(flax_nnx.as_pure, states)
+    stats, own_keys, rest = map(flax_nnx.as_pure, states)
     if not jax.tree.leaves(stats):
         raise ValueError("model has no nnx.BatchStat variables: predict needs no refresh")
-    given = None
-    if rngs is not None:
-        given, *streams = flax_nnx.split(rngs, flax_nnx.RngKey, ...)
-        streams, counts = map(flax_nnx.as_pure, streams)
-        keys, rest = (keys, streams), (rest, counts)
-    train_pass = jax.tree_util.Partial(_nnx_pass, graphdef, given, method, call_kwargs, rest)
-    return _refresher(train_pass, stats, inputs, batch_size, keys)
+    streams = flax_nnx.Rngs() if rngs is None else rngs
+    given, *states = flax_nnx.split(streams, flax_nnx.RngKey, ...)
+    given_keys, counts = map(flax_nnx.as_pure, states)
+    call = _Call(graphdef, None if rngs is None else given, method, call_kwargs)
+    train_pass = jax.tree_util.Partial(_nnx_pass, call, (rest, counts))
+    return _refresher(train_pass, stats, inputs, batch_size, (own_keys, given_keys))
 
 
 def keep(batch_stats: Any) -> Refresh:
@@ -376,7 +375,7 @@ def _refuse_linen() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _refuse(*, stored: bool) -> Iterator[None]:
-    """Look at each call of a BatchNorm of nnx or Equinox; they have no interceptors as linen has."""
+    """Look at each call of a BatchNorm of nnx or Equinox, which have no interceptors."""
 
     def look(asked: str, own: bool | None, given: bool | None) -> None:
         evaluates = own if given is None else given
@@ -410,11 +409,11 @@ def _watched(layer: type, look: Callable[..., None]) -> Iterator[None]:
                 look(self, *args, **kwargs)
             return own(self, *args, **kwargs)
 
-        layer.__call__ = call  # type: ignore[operator, assignment]
+        setattr(layer, "__call__", call)  # noqa: B010
         try:
             yield
         finally:
-            layer.__call__ = own  # type: ignore[operator]
+            setattr(layer, "__call__", own)  # noqa: B010
 
 
 def _linen_pass(
@@ -426,31 +425,29 @@ def _linen_pass(
     return new["batch_stats"]
 
 
-def _nnx_pass(
-    graphdef: Any,
-    given: Any,
-    method: Any,
-    call_kwargs: Any,
-    rest: Any,
-    params: Any,
-    batch_stats: Any,
-    batch: Any,
-    keys: Any,
-) -> Any:
+class _Call(NamedTuple):
+    """How a model of nnx is called: its graph, that of the streams it is given, and arguments."""
+
+    graphdef: Any
+    rngs: Any
+    method: Any
+    kwargs: Any
+
+
+def _nnx_pass(call: _Call, rest: Any, params: Any, batch_stats: Any, batch: Any, keys: Any) -> Any:
     from flax import nnx as flax_nnx
 
-    kwargs = call_kwargs
-    if given is not None:
-        (keys, streams), (rest, counts) = keys, rest
-        kwargs = {**call_kwargs, "rngs": flax_nnx.merge(given, streams, counts)}
-    model = flax_nnx.merge(graphdef, params, batch_stats, keys, rest, copy=True)
+    (own_keys, given_keys), (own, counts), kwargs = keys, rest, call.kwargs
+    if call.rngs is not None:
+        kwargs = {**kwargs, "rngs": flax_nnx.merge(call.rngs, given_keys, counts)}
+    model = flax_nnx.merge(call.graphdef, params, batch_stats, own_keys, own, copy=True)
     for _, layer in flax_nnx.iter_modules(model):
         if isinstance(layer, flax_nnx.BatchNorm):
             _set(layer, **_whole_batch(layer))
-    if callable(method):
-        method(model, *_arguments(batch), **kwargs)
+    if callable(call.method):
+        call.method(model, *_arguments(batch), **kwargs)
     else:
-        getattr(model, method or "__call__")(*_arguments(batch), **kwargs)
+        getattr(model, call.method or "__call__")(*_arguments(batch), **kwargs)
     return flax_nnx.as_pure(flax_nnx.state(model, flax_nnx.BatchStat))
 
 
@@ -613,7 +610,6 @@ def _passing(train_pass: Any, rngs: Any, params: Any, batch: Any, index: Any) ->
 
 def _fold(rngs: Any, params: Any, index: Any) -> Any:
     """Keys for one batch and one set of weights."""
-
     bits = _bits(params)
 
     def fold(key: Any) -> Any:
@@ -634,7 +630,7 @@ def _bits(params: Any) -> jax.Array:
         words = jax.lax.stop_gradient(jnp.asarray(leaf)).astype(jnp.float32)
         words = jax.lax.bitcast_convert_type(words, jnp.uint32)
         total = total * jnp.uint32(0x9E3779B1) + jnp.sum(words, dtype=jnp.uint32)
-    return total
+    return jnp.asarray(total)
 
 
 def _check_changed(old: Any, new: Any) -> None:
@@ -706,7 +702,8 @@ def _snapped(share: jax.Array) -> jax.Array:
     the layer weighs the batch: too much for moments far from zero.
     """
     decimal = jnp.round(share * 1e6) / 1e6
-    return jnp.where(jnp.abs(share - decimal) <= jnp.finfo(share.dtype).eps / 2, decimal, share)
+    near = jnp.abs(share - decimal) <= jnp.finfo(share.dtype).eps / 2
+    return jax.lax.select(near, decimal, share)
 
 
 def _filled(template: Any, value: Any) -> Any:
