@@ -734,7 +734,8 @@ def _at(tree: Any, index: Any) -> Any:
 
 
 def _length(tree: Any) -> int:
-    return len(jax.tree.leaves(tree)[0])
+    """Number of examples of a batch, beside which a loader may put single numbers."""
+    return next(len(leaf) for leaf in jax.tree.leaves(tree) if jnp.ndim(leaf))
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -662,6 +662,32 @@ def test_two_functions_are_not_mixed_up(state):
     np.testing.assert_array_equal(two, [2, 2])
 
 
+def test_what_has_no_hash_is_told_apart_by_identity(state):
+    """As a linen module with a list or a dict among its fields, which was refused."""
+    traces = []
+
+    class Scaled:
+        __hash__ = None
+
+        def __init__(self, factors):
+            self.factors = factors
+
+        def __eq__(self, other):
+            return True
+
+        def __call__(self, params, x):
+            traces.append(1)
+            return self.factors[0] + 0 * params["b"]
+
+    one, two = Scaled([1]), Scaled([2])
+    for _ in range(2):
+        np.testing.assert_array_equal(swagjax.predict(KEY, state, one, X, num_samples=2), [1, 1])
+        seen = len(traces)
+    np.testing.assert_array_equal(swagjax.predict(KEY, state, one, X, num_samples=2), [1, 1])
+    assert len(traces) == seen
+    np.testing.assert_array_equal(swagjax.predict(KEY, state, two, X, num_samples=2), [2, 2])
+
+
 @pytest.mark.parametrize(
     "predictor", [PREDICTORS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PREDICTORS[1:])]
 )

@@ -884,6 +884,11 @@ def test_a_loader_gives_the_moments_of_its_batches(build):
     if build == "linen":
         model = Net(0.99)
         params, stats = variables(model)
+        by_name = ({"epoch": label, "images": x} for x, label in loader)
+        options = {"train": True, "method": lambda m, batch, train: m(batch["images"], train)}
+        once = batch_stats.linen(model, stats, by_name, **options)
+        assert_close(once(params), true_statistics(params))
+        loader.walks = 0
         options = {"train": True, "method": inputs_only}
         refresh = batch_stats.linen(model, stats, loader, **options)
     else:
