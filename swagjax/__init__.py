@@ -25,12 +25,22 @@ from swagjax.posterior import (
     sample,
     variance,
 )
-from swagjax.transform import SWAGState, get_state, member_axes, state_bytes, swa, swag, swag_diag
+from swagjax.transform import (
+    SWAGState,
+    collect,
+    get_state,
+    member_axes,
+    state_bytes,
+    swa,
+    swag,
+    swag_diag,
+)
 
 __all__ = [
     "SWAGState",
     "batch_stats",
     "calibration",
+    "collect",
     "constant_sgd",
     "diagnostics",
     "ensemble",

@@ -96,6 +96,7 @@ import optax
 from swagjax import batch_stats, ensemble, prng, programs
 from swagjax.batch_stats import Refresh, refuse_stored, refuse_training
 from swagjax.ensemble import Mixture, Points
+from swagjax.pairing import replace
 from swagjax.posterior import check_collected, from_noise, sample
 from swagjax.transform import SWAGState, check_integer, widen
 
@@ -338,7 +339,7 @@ def _check_posterior(posterior: Any, antithetic: bool) -> None:
     _check_no_model(posterior)
     _check_whole(posterior)
     if antithetic:
-        _state_and_like(posterior)  # raises where there is no mean
+        _state_of(posterior)  # raises where there is no mean
 
 
 def _check_no_model(posterior: Any) -> None:
@@ -540,8 +541,8 @@ def _evaluate(run: _Run, inputs: Any, x: tuple[jax.Array, Any, Any]) -> Any:
     key, index, stats = x
     draws = [_draw(run.posterior, key, index)]
     if run.antithetic:
-        centre = _centre(*_state_and_like(run.posterior))
-        draws.append(jax.tree.map(_mirror, centre, draws[0]))
+        centre = _centre(_state_of(run.posterior))
+        draws.append(replace(centre, draws[0], _mirror))
     kept = [None if stats is None else _at(stats, i) for i in range(len(draws))]
     outputs = [_output(run, inputs, *pair) for pair in zip(draws, kept, strict=True)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
@@ -566,23 +567,24 @@ def _at(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda x: x[index], tree)
 
 
-def _state_and_like(posterior: Any) -> tuple[SWAGState, Any]:
-    """Read off a posterior what its mean is made of: a state, and ``like`` if given."""
-    if _is_state(posterior):
-        return posterior, None
+def _state_of(posterior: Any) -> SWAGState:
+    """Read off a posterior the state that its mean is made of."""
+    if isinstance(posterior, SWAGState):
+        return posterior
     if getattr(posterior, "func", None) is not sample or "state" not in posterior.keywords:
         raise ValueError(
             "antithetic=True: give a SWAGState, or jax.tree_util.Partial(swagjax.sample, "
             "state=state, ...), for a mean to mirror samples at"
         )
-    return posterior.keywords["state"], posterior.keywords.get("like")
+    state: SWAGState = posterior.keywords["state"]
+    return state
 
 
-def _centre(state: SWAGState, like: Any) -> Any:
-    """The mean as a sample: what no noise gives."""
+def _centre(state: SWAGState) -> Any:
+    """The mean as a sample: what no noise gives; with holes where nothing is to be mirrored."""
     rings = jax.tree.leaves(state.deviations)
     z2 = jnp.zeros(len(rings[0]), jnp.float32) if rings else None
-    return from_noise(state, jax.tree.map(jnp.zeros_like, state.mean), z2, like=like)
+    return from_noise(state, jax.tree.map(jnp.zeros_like, state.mean), z2)
 
 
 def _mirror(mean: jax.Array, theta: jax.Array) -> jax.Array:

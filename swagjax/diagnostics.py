@@ -20,7 +20,14 @@ import jax.numpy as jnp
 import optax
 
 from swagjax import pooling
-from swagjax.gaussian import collected, contract, noise_dtype, recentring, row_products
+from swagjax.gaussian import (
+    collected,
+    contract,
+    noise_dtype,
+    recentring,
+    row_products,
+    written,
+)
 from swagjax.pairing import restrict
 from swagjax.summing import nan_is_meant
 from swagjax.transform import SWAGState, check_single, get_state, widen
@@ -543,7 +550,7 @@ def _captured_variance(state: SWAGState) -> CapturedVariance:
     cumulative = jnp.cumsum(jnp.maximum(values, 0))[:-1]
     exists = jnp.arange(1, len(gram), dtype=h.dtype) < jnp.where(jnp.isnan(share[0, 0]), 0, h)
     variance = _sum(jax.tree.leaves(state.variance), h.dtype)
-    low_rank = _sum([widen(ring) ** 2 for ring in _rings(state)], h.dtype) / (h - 1)
+    low_rank = _squares(state, h.dtype) / (h - 1)
     return CapturedVariance(
         cumulative=jnp.where(exists, cumulative, jnp.nan),
         effective_dimension=1 / jnp.sum(share**2),
@@ -572,6 +579,14 @@ def _held_mean(state: SWAGState) -> jax.Array:
     held = collected(state.num_collected, rank) > 0
     average = held.astype(dtype) / jnp.maximum(jnp.sum(held), 1).astype(dtype)
     return contract(average, recentring(state.num_collected, rank, dtype))
+
+
+def _squares(state: SWAGState, dtype: Any) -> jax.Array:
+    """Sum of the squares of the deviations in use."""
+    rows = [jnp.sum(widen(ring) ** 2, range(1, ring.ndim)) for ring in _rings(state)]
+    rank = len(rows[0])
+    held = jnp.diagonal(written(state.num_collected, rank, dtype))
+    return jnp.sum(held * functools.reduce(jnp.add, [x.astype(dtype) for x in rows]))
 
 
 def _rings(state: SWAGState) -> list[jax.Array]:

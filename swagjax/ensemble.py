@@ -39,7 +39,7 @@ import numpy as np
 
 from swagjax import posterior, prng
 from swagjax.gaussian import Centering, contract, gaussian, noise_dtype, sqrt
-from swagjax.pairing import fill
+from swagjax.pairing import dtypes, fill
 from swagjax.transform import SWAGState, check_integer, check_single, widen
 
 
@@ -167,8 +167,10 @@ def member(mixture: Mixture, index: chex.Numeric) -> SWAGState:
     """
     _check(mixture)
     size = len(mixture.num_collected)
-    if not isinstance(index, jax.core.Tracer) and check_integer("index", index, 0) >= size:
-        raise ValueError(f"index={index}: the mixture has members 0 to {size - 1}")
+    if not isinstance(index, jax.core.Tracer):
+        index = check_integer("index", index, 0)
+        if index >= size:
+            raise ValueError(f"index={index}: the mixture has members 0 to {size - 1}")
     return _member(mixture, index)
 
 
@@ -214,7 +216,10 @@ def sample(
     one = jnp.int32(1)
     none = SWAGState(mixture.num_updates, one, mixture.num_skipped, (), None, None)  # for errors
     posterior.variance(none, scale=scale, centering=centering, min_variance=min_variance)
-    return _sample(prng.one_key(key), mixture, like, scale, min_variance, centering=centering)
+    one_mean = jax.eval_shape(_member, mixture, 0).mean
+    cast = None if like is None else dtypes(one_mean, like)
+    theta = _sample(prng.one_key(key), mixture, scale, min_variance, centering=centering, cast=cast)
+    return theta if like is None else fill(theta, like)
 
 
 def size(posterior: Mixture | Points) -> int:
@@ -258,7 +263,8 @@ def draw(key: jax.Array, posterior: Mixture | Points, index: chex.Numeric) -> An
     size(posterior)  # raises where it is of no use
     if isinstance(posterior, Points):
         return jax.tree.map(lambda x: _at(x, index), posterior.params)
-    return _sample_of(key, posterior, jnp.asarray(index), None, 1.0, 0.0, centering="running")
+    index = jnp.asarray(index)
+    return _sample_of(key, posterior, index, 1.0, 0.0, centering="running", cast=None)
 
 
 def log_prob(
@@ -358,31 +364,31 @@ def variance(
     return jax.tree.map(jnp.add, within, between)
 
 
-@functools.partial(jax.jit, static_argnames="centering")
+@functools.partial(jax.jit, static_argnames=("centering", "cast"))
 def _sample(
     key: jax.Array,
     mixture: Mixture,
-    like: Any,
     scale: chex.Numeric,
     min_variance: chex.Numeric,
     *,
     centering: Centering,
+    cast: tuple[Any, ...] | None,
 ) -> Any:
     key_index, key = jax.random.split(key)
     index = jax.random.randint(key_index, (), 0, len(mixture.num_collected))
-    return _sample_of(key, mixture, index, like, scale, min_variance, centering=centering)
+    return _sample_of(key, mixture, index, scale, min_variance, centering=centering, cast=cast)
 
 
-@functools.partial(jax.jit, static_argnames="centering")
+@functools.partial(jax.jit, static_argnames=("centering", "cast"))
 def _sample_of(
     key: jax.Array,
     mixture: Mixture,
     index: jax.Array,
-    like: Any,
     scale: chex.Numeric,
     min_variance: chex.Numeric,
     *,
     centering: Centering,
+    cast: tuple[Any, ...] | None,
 ) -> Any:
     state = _member(mixture, index)  # of its ring nothing is read
     key1, key2 = jax.random.split(key)
@@ -395,10 +401,9 @@ def _sample_of(
         z2 = prng.normal(key2, (rings[0].shape[1],), noise_dtype(state))
         leaves = _add_rows(leaves, rings, index, contract(drawn.mixing, z2))
     means, treedef = jax.tree.flatten(state.mean)
-    theta = jax.tree.unflatten(
-        treedef, [x.astype(m.dtype) for x, m in zip(leaves, means, strict=True)]
-    )
-    return theta if like is None else fill(theta, like)
+    wanted = [m.dtype for m in means] if cast is None else cast
+    leaves = [x.astype(dtype) for x, dtype in zip(leaves, wanted, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _add_rows(

@@ -110,7 +110,8 @@ def recentring(count: jax.Array, rank: int, dtype: Any) -> jax.Array:
 
     With d_i = theta_i - mean_i and n iterates collected,
     theta_i - mean_n = d_i - sum_{i < j <= n} d_j / (j - 1): in the order of collection an upper
-    triangular matrix that depends on the counts alone. Rows not yet written stay zero.
+    triangular matrix that depends on the counts alone. It is zero in the rows and columns of rows
+    of the ring that are not yet written, whatever stands there.
 
     Example:
       >>> import jax.numpy as jnp
@@ -118,12 +119,27 @@ def recentring(count: jax.Array, rank: int, dtype: Any) -> jax.Array:
       >>> print(recentring(jnp.array(2), 3, jnp.float32))  # theta_1 - mean_2 = d_1 - d_2
       [[ 1. -1.  0.]
        [ 0.  1.  0.]
-       [ 0.  0.  1.]]
+       [ 0.  0.  0.]]
     """
     number = collected(count, rank)
     later = (number[None, :] > number[:, None]) & (number[:, None] > 0)
     steps = jnp.where(later, 1 / jnp.maximum(number - 1, 1).astype(dtype)[None, :], 0)
-    return jnp.eye(rank, dtype=dtype) - steps.astype(dtype)
+    return written(count, rank, dtype) - steps.astype(dtype)
+
+
+def written(count: jax.Array, rank: int, dtype: Any) -> jax.Array:
+    """The matrix (K x K) that keeps the rows of the ring in use, and puts zero for others.
+
+    A row that was not written since ``num_collected`` was last 0 may hold an older deviation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax.gaussian import written
+      >>> print(written(jnp.array(1), 2, jnp.float32))
+      [[1. 0.]
+       [0. 0.]]
+    """
+    return jnp.diag((collected(count, rank) > 0).astype(dtype))
 
 
 def collected(count: jax.Array, rank: int) -> jax.Array:
@@ -348,8 +364,9 @@ def _mixing(
     # One deviation is zero and no spread can be told from it: the low-rank part vanishes.
     spread = jnp.asarray(scale, dtype) / (2 * jnp.maximum(held - 1, 1)).astype(dtype)
     root = sqrt(jnp.where(held > 1, spread, 0))
-    identity = jnp.eye(rank, dtype=dtype)
-    return root * (identity if centering == "running" else recentring(count, rank, dtype).T)
+    if centering == "running":
+        return root * written(count, rank, dtype)
+    return root * recentring(count, rank, dtype).T
 
 
 def _project(
@@ -394,7 +411,9 @@ def _add(arrays: list[jax.Array]) -> jax.Array:
 def _exact_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sum and rounding error of it."""
     zero = jnp.zeros((), x.dtype)
-    pairs = (x, jnp.zeros_like(x))
+    # Zeros that depend on x in form: where a transformation has dropped the rule below, a reduction
+    # is differentiable only if all of its operands have tangents.
+    pairs = (x, jnp.where(jnp.zeros_like(x, bool), x, 0))
     high, low = jax.lax.reduce(pairs, (zero, zero), _two_sum, tuple(range(x.ndim)))
     return high, low
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from swagjax.gaussian import collected, combine, contract, recentring
+from swagjax.gaussian import collected, combine, contract, recentring, written
 from swagjax.transform import SWAGState, check_single, wide_dtype, widen
 
 
@@ -59,8 +59,6 @@ def merge(first: SWAGState, second: SWAGState) -> SWAGState:
 
 @jax.jit
 def _merge(first: SWAGState, second: SWAGState) -> SWAGState:
-    count = first.num_collected + second.num_collected
-
     def mean(m: jax.Array, other: jax.Array) -> Any:
         a, b = widen(m), widen(other)
         return (a + (b - a) * _share(first, second, a.dtype)).astype(m.dtype)
@@ -73,9 +71,9 @@ def _merge(first: SWAGState, second: SWAGState) -> SWAGState:
 
     shift = jax.tree.map(lambda a, b: widen(b) - widen(a), first.mean, second.mean)
     return SWAGState(
-        num_updates=first.num_updates + second.num_updates,
-        num_collected=count,
-        num_skipped=first.num_skipped + second.num_skipped,
+        num_updates=_plus(first.num_updates, second.num_updates),
+        num_collected=_plus(first.num_collected, second.num_collected),
+        num_skipped=_plus(first.num_skipped, second.num_skipped),
         mean=jax.tree.map(mean, first.mean, second.mean),
         variance=None
         if first.variance is None
@@ -97,12 +95,13 @@ def _merge_rings(first: SWAGState, second: SWAGState, shift: list[jax.Array]) ->
         return first.deviations
     rank, dtype = len(rings[0]), wide_dtype(*[x.dtype for x in shift])
     n, m = first.num_collected, second.num_collected
-    number = collected(n + m, rank)
+    count = _plus(n, m)
+    number = collected(count, rank)
     is_first, is_second = (number > 0) & (number <= n), number > n
     # The j-th iterate of the second is number n + j of the union: its row moves on by n.
     moved = jnp.roll(recentring(m, rank, dtype), n, axis=0)
-    back = _running(n + m, rank, dtype)
-    share, as_it_is = _share(first, second, dtype), jnp.eye(rank, dtype=dtype)
+    back = _running(count, rank, dtype)
+    share, as_it_is = _share(first, second, dtype), written(count, rank, dtype)
     of_first = contract(back, jnp.where(is_first[:, None], recentring(n, rank, dtype), 0))
     of_first = jnp.where(m == 0, as_it_is, of_first)  # to the last bit
     of_second = contract(back, jnp.where(is_second[:, None], moved, 0))
@@ -119,9 +118,13 @@ def _merge_rings(first: SWAGState, second: SWAGState, shift: list[jax.Array]) ->
 
 def _share(first: SWAGState, second: SWAGState, dtype: Any) -> jax.Array:
     """The share of the second state in all iterates."""
-    count = jnp.maximum(first.num_collected + second.num_collected, 1)
-    share: jax.Array = second.num_collected.astype(dtype) / count.astype(dtype)
-    return share
+    n, m = first.num_collected.astype(dtype), second.num_collected.astype(dtype)
+    return m / jnp.maximum(n + m, 1)
+
+
+def _plus(n: jax.Array, m: jax.Array) -> jax.Array:
+    """The sum of two counters, which stops at the largest int32 as each of them does."""
+    return n + jnp.minimum(m, jnp.iinfo(n.dtype).max - n)
 
 
 def _running(count: jax.Array, rank: int, dtype: Any) -> jax.Array:

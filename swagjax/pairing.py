@@ -3,6 +3,8 @@
 Leaves are paired by structure, never by order of traversal.
 """
 
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from swagjax.transform import widen
+
+_FLOATS = (jnp.floating,)  # cast to integers, a sample would be rounded
 
 
 def restrict(held: Any, full: Any, name: str) -> Any:
@@ -40,8 +44,16 @@ def restrict(held: Any, full: Any, name: str) -> Any:
     return _pair(held, full, name, kinds, lambda hole, _: hole, cast)
 
 
-def fill(theta: Any, like: Any) -> Any:
+def fill(theta: Any, like: Any, *, repeats: int | None = None) -> Any:
     """Give ``theta`` the dtypes and containers of ``like``, and its leaves where it has holes.
+
+    Those leaves may be anything, and stay what they are: integers, keys, functions.
+
+    Args:
+      theta: a tree of arrays and holes.
+      like: a tree of the same structure, with anything in place of the holes.
+      repeats: length of the leading axis of all arrays of ``theta``; the numbers that fill the
+        holes are repeated along it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,20 +61,62 @@ def fill(theta: Any, like: Any) -> Any:
       >>> fill({"a": jnp.ones(1), "b": None}, {"a": jnp.zeros(1, jnp.bfloat16), "b": 3})
       {'a': Array([1], dtype=bfloat16), 'b': 3}
     """
+
+    def repeat(leaf: Any) -> Any:
+        if not (hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)):
+            return leaf
+        leaf = jnp.asarray(leaf)
+        return jnp.broadcast_to(leaf, (repeats, *leaf.shape))
+
     return _pair(
         theta,
         like,
         "like",
-        (jnp.floating,),  # cast to integers, a sample would be rounded
-        lambda _, leaves: leaves,
+        _FLOATS,
+        lambda _, leaves: leaves if repeats is None else jax.tree.map(repeat, leaves),
         lambda t, leaf, treedef: jax.tree.unflatten(treedef, [t.astype(leaf.dtype)]),
+        lead=0 if repeats is None else 1,
     )
 
 
-def _pair(held: Any, full: Any, name: str, kinds: Any, at_hole: Any, at_leaf: Any) -> Any:
+def dtypes(held: Any, like: Any) -> tuple[Any, ...]:
+    """The dtypes that the leaves of ``held`` have in ``like``: all that a program asks of it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax.pairing import dtypes
+      >>> dtypes({"a": jnp.ones(1), "b": None}, {"a": jnp.zeros(1, jnp.bfloat16), "b": len})
+      (dtype(bfloat16),)
+    """
+    found = _pair(held, like, "like", _FLOATS, lambda hole, _: hole, lambda _, leaf, __: leaf.dtype)
+    return tuple(jax.tree.leaves(found))
+
+
+def replace(held: Any, full: Any, function: Callable[[Any, Any], Any]) -> Any:
+    """``full`` with ``function(h, leaf)`` in place of every leaf that ``held`` has.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from swagjax.pairing import replace
+      >>> replace({"a": jnp.ones(1), "b": None}, {"a": jnp.ones(1), "b": 3}, jnp.add)
+      {'a': Array([2.], dtype=float32), 'b': 3}
+    """
+    return _pair(
+        held,
+        full,
+        "like",
+        _FLOATS,
+        lambda _, leaves: leaves,
+        lambda h, leaf, treedef: jax.tree.unflatten(treedef, [function(h, leaf)]),
+    )
+
+
+def _pair(
+    held: Any, full: Any, name: str, kinds: Any, at_hole: Any, at_leaf: Any, lead: int = 0
+) -> Any:
     """Walk both trees; a leaf of ``held`` may stand against a container of one array.
 
-    Such a container is an ``nnx.Param``.
+    Such a container is an ``nnx.Param``. Leaves of ``held`` have ``lead`` axes more.
     """
 
     def visit(path: Any, h: Any, f: Any) -> Any:
@@ -70,9 +124,9 @@ def _pair(held: Any, full: Any, name: str, kinds: Any, at_hole: Any, at_leaf: An
             return at_hole(h, f)
         where = f"{name}{jax.tree_util.keystr(path)}"
         leaves, treedef = jax.tree.flatten(f)
-        shapes = [jnp.shape(leaf) for leaf in leaves]
-        if shapes != [h.shape]:
-            raise ValueError(f"{where} has shape {shapes}: the state holds {[h.shape]} there")
+        shapes, shape = [_shape(leaf) for leaf in leaves], h.shape[lead:]
+        if shapes != [shape]:
+            raise ValueError(f"{where} has shape {shapes}: the state holds {[shape]} there")
         leaf = jnp.asarray(leaves[0])
         if not any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds):
             raise ValueError(f"{where} has dtype {leaf.dtype}: the state holds {h.dtype} there")
@@ -85,6 +139,13 @@ def _pair(held: Any, full: Any, name: str, kinds: Any, at_hole: Any, at_leaf: An
             f"{name} has another structure than the parameters that were collected: {error}"
         ) from error
     return jax.tree.map_with_path(visit, held, full, is_leaf=_is_hole)
+
+
+def _shape(leaf: Any) -> Any:
+    try:
+        return jnp.shape(leaf)
+    except TypeError:  # a function, a string
+        return type(leaf).__name__
 
 
 def _is_hole(node: Any) -> bool:

@@ -56,7 +56,7 @@ from swagjax.gaussian import (
     sqrt,
     total,
 )
-from swagjax.pairing import fill, restrict
+from swagjax.pairing import dtypes, fill, restrict
 from swagjax.transform import SWAGState, check_single, widen
 
 
@@ -75,7 +75,7 @@ def mean(state: SWAGState) -> Any:
       ValueError: the state has collected no iterate (num_collected=0 after num_updates=0...
     """
     check_collected(state)
-    return jax.tree.map(lambda m: known(state, m), state.mean)
+    return _mean(state)
 
 
 def variance(
@@ -136,8 +136,9 @@ def sample(
       scale: factor of the covariance.
       centering: ``"running"`` or ``"final"``.
       min_variance: floor under Sigma_diag.
-      like: parameters. The sample takes their dtypes, and their values for leaves that the state
-        does not hold (``None`` or ``optax.MaskedNode`` there: masked, frozen).
+      like: parameters. The sample takes their dtypes, and for leaves that the state does not hold
+        (``None`` or ``optax.MaskedNode`` there: masked, frozen, a function of an equinox module)
+        what stands in ``like``, untouched.
 
     Returns:
       A tree like the parameters, in the dtypes of the accumulators unless ``like`` is given.
@@ -159,7 +160,9 @@ def sample(
     Source: Maddox et al. 2019, equation 1.
     """
     _check(state, scale, centering, min_variance)
-    return _sample(prng.one_key(key), state, like, scale, min_variance, centering=centering)
+    cast = None if like is None else dtypes(state.mean, like)
+    theta = _sample(prng.one_key(key), state, scale, min_variance, centering=centering, cast=cast)
+    return theta if like is None else fill(theta, like)
 
 
 def from_noise(
@@ -202,7 +205,9 @@ def from_noise(
     z1 = restrict(state.mean, z1, "z1")
     _check_noise(state, z2)
     z2 = None if z2 is None else jnp.asarray(z2)
-    return _from_noise(state, z1, z2, like, scale, min_variance, centering=centering)
+    cast = None if like is None else dtypes(state.mean, like)
+    theta = _from_noise(state, z1, z2, scale, min_variance, centering=centering, cast=cast)
+    return theta if like is None else fill(theta, like)
 
 
 def iterates(state: SWAGState, *, like: Any = None) -> Any:
@@ -217,7 +222,7 @@ def iterates(state: SWAGState, *, like: Any = None) -> Any:
 
     Args:
       state: what ``swag`` collected. After ``merge`` the iterates of both halves.
-      like: as in ``sample``; a leaf that the state does not hold is repeated for every iterate.
+      like: as in ``sample``; numbers that the state does not hold are repeated for every iterate.
 
     Returns:
       A tree like the parameters, with leaves of shape ``(K, *leaf.shape)``, from the oldest to the
@@ -248,9 +253,7 @@ def iterates(state: SWAGState, *, like: Any = None) -> Any:
         )
     number = min(rank, int(state.num_collected)) if _concrete(state.num_collected) else rank
     thetas = _iterates(state, number)
-    if like is None:
-        return thetas
-    return jax.vmap(lambda theta: fill(theta, like), axis_size=number)(thetas)
+    return thetas if like is None else fill(thetas, like, repeats=number)
 
 
 def log_prob(
@@ -456,6 +459,11 @@ def check_collected(state: SWAGState) -> None:
         )
 
 
+@jax.jit
+def _mean(state: SWAGState) -> Any:
+    return jax.tree.map(lambda m: known(state, m), state.mean)
+
+
 @functools.partial(jax.jit, static_argnames="centering")
 def _variance(
     state: SWAGState,
@@ -480,33 +488,33 @@ def _variance(
     return jax.tree.unflatten(jax.tree.structure(state.mean), leaves)
 
 
-@functools.partial(jax.jit, static_argnames="centering")
+@functools.partial(jax.jit, static_argnames=("centering", "cast"))
 def _sample(
     key: jax.Array,
     state: SWAGState,
-    like: Any,
     scale: chex.Numeric,
     min_variance: chex.Numeric,
     *,
     centering: Centering,
+    cast: tuple[Any, ...] | None,
 ) -> Any:
     key1, key2 = jax.random.split(key)
     z1 = prng.normal_like(key1, jax.tree.map(widen, state.mean))
     rank, dtype = _rank(state), noise_dtype(state)
     z2 = prng.normal(key2, (rank,), dtype) if rank else None
-    return _from_noise(state, z1, z2, like, scale, min_variance, centering=centering)
+    return _from_noise(state, z1, z2, scale, min_variance, centering=centering, cast=cast)
 
 
-@functools.partial(jax.jit, static_argnames="centering")
+@functools.partial(jax.jit, static_argnames=("centering", "cast"))
 def _from_noise(
     state: SWAGState,
     z1: Any,
     z2: jax.Array | None,
-    like: Any,
     scale: chex.Numeric,
     min_variance: chex.Numeric,
     *,
     centering: Centering,
+    cast: tuple[Any, ...] | None,
 ) -> Any:
     posterior = gaussian(state, scale, centering, min_variance)
     noise = zip(posterior.mean, posterior.variance, jax.tree.leaves(z1), strict=True)
@@ -515,9 +523,9 @@ def _from_noise(
         shifts = combine(contract(posterior.mixing, z2), posterior.ring)
         leaves = [x + w.astype(x.dtype) for x, w in zip(leaves, shifts, strict=True)]
     means, treedef = jax.tree.flatten(state.mean)
-    leaves = [x.astype(m.dtype) for x, m in zip(leaves, means, strict=True)]
-    theta = jax.tree.unflatten(treedef, leaves)
-    return theta if like is None else fill(theta, like)
+    wanted = [m.dtype for m in means] if cast is None else cast
+    leaves = [x.astype(dtype) for x, dtype in zip(leaves, wanted, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from swagjax.transform import check_integer
+from swagjax.transform import check_step
 
 Shape = Literal["triangular", "cosine"]
 
@@ -204,7 +204,7 @@ def cyclical_schedule(
             "give cyclical_schedule(max_value, min_value, cycle)."
         )
     cycle, _ = _check_cycle(cycle, shape)
-    start = check_integer("start", start, 0)
+    start = check_step("start", start, 0)
 
     def schedule(step: ArrayLike) -> ArrayLike:
         done = jnp.asarray(step) - start  # updates of the cycles before this one
@@ -253,7 +253,7 @@ def at_minimum(
     ``last = floor((1 - beta) c)``.
     """
     cycle, lowest = _check_cycle(cycle, shape)
-    start, last = check_integer("start", start, 0), check_integer("last", last, 1)
+    start, last = check_step("start", start, 0), check_step("last", last, 1)
     if last > lowest:
         raise ValueError(
             f"last is {last}, but the {shape} cycle of {cycle} updates reaches its minimum after "
@@ -269,7 +269,7 @@ def at_minimum(
 
 def _check_cycle(cycle: int, shape: str) -> tuple[int, int]:
     """The cycle, and after how many of its updates the minimum is reached."""
-    cycle = check_integer("cycle", cycle, 2)
+    cycle = check_step("cycle", cycle, 2)
     if shape not in ("triangular", "cosine"):
         raise ValueError(f"shape is {shape!r}: give 'triangular' or 'cosine'.")
     if shape == "cosine":

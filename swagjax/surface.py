@@ -277,7 +277,7 @@ def grid(plane: Plane, num: int = 25, margin: float = 0.3) -> list[jax.Array]:
       >>> print(x[0], y[:, 0])
       [-1.  1.  3.] [-1.5  0.5  2.5]
     """
-    check_integer("num", num, 2)
+    num = check_integer("num", num, 2)
     _check_plane(plane)
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin={margin!r}: give a share of at least 0, such as 0.3")
@@ -426,7 +426,7 @@ def evaluate(
       [[5. 4. 5.]
        [6. 5. 6.]]
     """
-    check_integer("chunk_size", chunk_size, 1)
+    chunk_size = check_integer("chunk_size", chunk_size, 1)
     for name, function in (("fn", fn), ("path", path), ("refresh", refresh)):
         if not (name == "refresh" and function is None):
             _check_function(name, function)

@@ -9,13 +9,14 @@ changes the updates after them would make them collect points that were never vi
 import functools
 import numbers
 import operator
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
 
 class SWAGState(NamedTuple):
@@ -38,8 +39,13 @@ class SWAGState(NamedTuple):
       mean: a tree like the parameters.
       variance: a tree like the parameters; ``None`` in the state of ``swa``.
       deviations: a tree with leaves of shape ``(rank, *leaf.shape)``, a ring buffer: the i-th
-        collected iterate is in row ``(i - 1) % rank``; rows not yet written are zero. ``None`` in
-        the states of ``swa`` and ``swag_diag``.
+        collected iterate is in row ``(i - 1) % rank``; rows not yet written count as zero. ``None``
+        in the states of ``swa`` and ``swag_diag``.
+
+    The counters stop at 2^31 - 1. With ``num_collected`` set to 0, as in
+    ``optax.tree_utils.tree_set(opt_state, num_collected=0)``, collecting starts anew: nothing that
+    was collected before counts any more. No field has a name that states of optax have, so that
+    ``tree_set(opt_state, count=0)`` restarts a schedule and leaves the posterior alone.
 
     Fields can be dropped: of a SWAG state ``state._replace(deviations=None)`` is the SWAG-Diag
     state of the same run, and ``state._replace(variance=None, deviations=None)`` its SWA state.
@@ -111,6 +117,11 @@ def swag(
     counts micro-steps. ``MultiSteps`` around the chain is right as well, with t counting the full
     steps, but passes over the whole ring at every micro-step.
 
+    Some optimizers train at other weights than those to be evaluated: ``optax.contrib.sam`` takes
+    every other step from perturbed weights, ``optax.contrib.schedule_free`` holds the average
+    apart, ``optax.lookahead`` the slow weights. A chain would collect what they train at;
+    ``swagjax.collect`` collects what is evaluated.
+
     Args:
       rank: K, the number of deviations held, at least 2.
       start: calls of ``update`` before the first that may collect.
@@ -146,7 +157,8 @@ def swag(
     Source: Maddox et al. 2019, section 3.2 and algorithm 1 (one collection an epoch there:
     ``every=steps_per_epoch``, ``rank=20``).
     """
-    if check_integer("rank", rank, 1) < 2:
+    rank = check_integer("rank", rank, 1)
+    if rank < 2:
         raise ValueError(
             f"rank={rank}: the low-rank part divides by rank - 1 and needs at least 2 deviations; "
             "swag_diag is SWAG without a low-rank part"
@@ -203,13 +215,106 @@ def swa(
     return _observer(_cadence(start, every, when), False, None, accumulator_dtype, None)
 
 
+class CollectState(NamedTuple):
+    """The state of ``collect``.
+
+    Attributes:
+      optimizer_state: of the optimizer.
+      collected: of the transformation that collects; ``get_state`` finds the ``SWAGState`` in it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, swagjax
+      >>> tx = swagjax.collect(optax.sgd(0.1), swagjax.swa(), lambda opt_state, params: params)
+      >>> tx.init(jnp.zeros(2)).collected.mean.shape
+      (2,)
+    """
+
+    optimizer_state: Any
+    collected: Any
+
+
+def collect(
+    optimizer: optax.GradientTransformation,
+    observer: optax.GradientTransformation,
+    evaluate: Callable[[Any, Any], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """Collect other weights than those trained at: ``evaluate(optimizer_state, params)``.
+
+    As ``optax.chain(optimizer, observer)``, but for what is collected: after a step, ``evaluate``
+    of the new state of ``optimizer`` and the new parameters. It is called at the steps that collect
+    alone. For three optimizers of optax:
+
+        collect(optax.contrib.schedule_free_sgd(...), swag(...),
+                optax.contrib.schedule_free_eval_params)                # x, the average
+        collect(optax.lookahead(...), swag(...), lambda _, params: params.slow)
+
+        def clean(state, params):  # the weights that sam has not perturbed
+            synced = state.steps_since_sync == 0
+            return jax.tree.map(lambda x, c: jnp.where(synced, x, c), params, state.cache)
+
+        collect(optax.contrib.sam(...), swag(...), clean)               # opaque_mode=False
+
+    ``sam(..., opaque_mode=True)`` needs none of this; nor do steps of ``sam`` that are collected
+    after whole periods, ``swag(start=s * sync_period, every=n * sync_period)``.
+
+    Args:
+      optimizer: any gradient transformation, of which extra arguments are passed on.
+      observer: ``swag``, ``swag_diag`` or ``swa``, or one of them in ``optax.masked``; the sample
+        is then a tree like what ``evaluate`` returns.
+      evaluate: a traceable function of the state of ``optimizer`` and the parameters to a tree of
+        arrays.
+
+    Returns:
+      A gradient transformation whose state is a ``CollectState``.
+
+    Raises:
+      ValueError: where ``evaluate`` is not callable; by ``update`` where ``params`` is missing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, swagjax
+      >>> free = optax.contrib.schedule_free_sgd(0.5)
+      >>> tx = swagjax.collect(free, swagjax.swa(), optax.contrib.schedule_free_eval_params)
+      >>> params = jnp.array([1.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(params, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{params[0]:.3f} {swagjax.mean(swagjax.get_state(state))[0]:.3f}")
+      0.252 0.383
+    """
+    if not callable(evaluate):
+        raise ValueError(
+            f"evaluate is a {_type(evaluate)}: give a function of the optimizer's state and the "
+            "parameters, such as optax.contrib.schedule_free_eval_params"
+        )
+    untyped: Any = optax  # which does not mark this one as exported
+    inner = untyped.with_extra_args_support(optimizer)
+    outer = untyped.with_extra_args_support(observer)
+
+    def init_fn(params: optax.Params) -> CollectState:
+        opt_state = inner.init(params)
+        return CollectState(opt_state, outer.init(evaluate(opt_state, params)))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, CollectState]:
+        params = _given(params)
+        updates, opt_state = inner.update(updates, state.optimizer_state, params, **extra)
+        # Not yet evaluated: the observer does it inside its branch, if it is time to collect.
+        iterate = Partial(evaluate, opt_state, optax.apply_updates(params, updates))
+        shapes = jax.eval_shape(iterate)
+        _, collected = outer.update(shapes, state.collected, shapes, iterate=iterate)
+        return updates, CollectState(opt_state, collected)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def state_bytes(
     params: optax.Params, rank: int, *, accumulator_dtype: Any = None, deviation_dtype: Any = None
 ) -> int:
     """Memory of the state of ``swag(rank, ...)``, in bytes: about 4 (rank + 2) a float weight.
 
-    Nothing is allocated. ``swag(...).init`` refuses, outside ``jit``, a state that is larger than
-    all memory of the devices that hold the parameters, and quotes this number.
+    Nothing is allocated.
 
     Args:
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
@@ -247,7 +352,9 @@ def get_state(opt_state: Any) -> SWAGState:
       The state, with arrays as leaves.
 
     Raises:
-      ValueError: where there is none, or more than one.
+      ValueError: where there is none, or more than one; beside a state of
+        ``optax.contrib.schedule_free`` or ``optax.lookahead``, unless ``collect`` collected what
+        is evaluated.
 
     Example:
       >>> import jax.numpy as jnp, optax, swagjax
@@ -272,6 +379,12 @@ def get_state(opt_state: Any) -> SWAGState:
         raise ValueError(
             f"opt_state holds {len(found)} SWAGStates: pass the part of it that holds the one "
             "you mean, such as opt_state.inner_states['group']"
+        )
+    if elsewhere := _trains_elsewhere(opt_state, found[0]):
+        raise ValueError(
+            f"opt_state holds a {elsewhere}, and the SWAGState was collected of the weights that "
+            "are trained at, not of those to be evaluated: see swagjax.collect; where the first "
+            "are meant, pass the part of opt_state that holds the SWAGState"
         )
     state: SWAGState = jax.tree.map(_unwrap, found[0], is_leaf=_is_variable)
     return state
@@ -347,12 +460,33 @@ def check_integer(name: str, value: Any, least: int) -> int:
       ...
       ValueError: every=0: give an integer of at least 1
     """
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} is traced, and decides what is compiled: give an integer; "
+            f"optax.inject_hyperparams takes static_args=({name!r}, ...)"
+        )
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < least:
         raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
+    return number
+
+
+def check_step(name: str, value: Any, least: int) -> int:
+    """Check an integer that is compared with a counter of steps, which are counted in int32.
+
+    Example:
+      >>> from swagjax.transform import check_step
+      >>> check_step("start", 2**40, 0)
+      Traceback (most recent call last):
+      ...
+      ValueError: start=1099511627776: steps are counted in int32, give at most 2147483647
+    """
+    number, most = check_integer(name, value, least), jnp.iinfo(jnp.int32).max
+    if number > most:
+        raise ValueError(f"{name}={number}: steps are counted in int32, give at most {most}")
     return number
 
 
@@ -403,8 +537,6 @@ def _observer(
 
     def init_fn(params: optax.Params) -> SWAGState:
         _check_leaves(params)
-        if rank:
-            _check_memory(params, rank, accumulator_dtype, deviation_dtype)
         return SWAGState(
             num_updates=jnp.zeros((), jnp.int32),
             num_collected=jnp.zeros((), jnp.int32),
@@ -415,39 +547,44 @@ def _observer(
         )
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **_: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        iterate: Any = None,
+        **_: Any,
     ) -> tuple[optax.Updates, SWAGState]:
-        if params is None:
-            raise ValueError(
-                "params=None: swag collects the parameters after the step; "
-                "call tx.update(updates, state, params)"
-            )
+        params = _given(params)
         _check_state(state, second_moment, rank)
         _check_alike("updates", updates, "params", params, "give the gradients of these params")
         _check_alike("params", params, "the state", state.mean, "start anew with tx.init(params)")
         state = state._replace(num_updates=optax.safe_increment(state.num_updates))
-        # Outside the branch, where XLA shares it with the caller's own apply_updates.
-        iterate = optax.apply_updates(params, updates)
+        if not isinstance(iterate, Partial):  # that of ``collect``, evaluated in the branch
+            # Outside the branch, where XLA shares it with the caller's own apply_updates.
+            iterate = optax.apply_updates(params, updates)
         # On ``num_updates`` alone: a predicate that differs between vmapped members would turn the
         # branch into a selection over the ring.
-        state = jax.lax.cond(due(state.num_updates), _collect, _pass, state, iterate)
+        state = jax.lax.cond(due(state.num_updates), _collect, _pass, _vary(state, params), iterate)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _pass(state: SWAGState, iterate: optax.Params) -> SWAGState:
+def _pass(state: SWAGState, iterate: Any) -> SWAGState:
     """Collect nothing. A function of the module: a new one a call would be compiled anew."""
     del iterate
     return state
 
 
-def _collect(state: SWAGState, iterate: optax.Params) -> SWAGState:
+def _collect(state: SWAGState, iterate: Any) -> SWAGState:
     """Add one iterate to the moments; one that is not finite changes ``num_skipped`` alone."""
+    if isinstance(iterate, Partial):
+        iterate = _held(state.mean, iterate())
     theta = jax.tree.map(lambda m, x: x.astype(m.dtype), state.mean, iterate)
-    finite = _all_finite(theta)
-    n = state.num_collected + 1
+    finite = _agree(_all_finite(theta), state.num_collected)
+    n: Any = optax.safe_increment(state.num_collected)  # an array, typed as any number
     row = state.num_collected  # modulo the size of the ring
+    restarts = row == 0  # of what was collected before it was set to 0 nothing counts
 
     # A skipped iterate counts as the mean with weight zero, and its row is written back: under
     # vmap a second branch would be a selection over the ring. Each line reads new arrays or its
@@ -455,40 +592,57 @@ def _collect(state: SWAGState, iterate: optax.Params) -> SWAGState:
     def difference(x: jax.Array, m: jax.Array) -> jax.Array:
         return jnp.where(finite, widen(x) - widen(m), 0)
 
-    def approach(old: jax.Array, change: jax.Array) -> jax.Array:
-        weight = jnp.where(finite, 1 / n.astype(change.dtype), 0)
-        return (widen(old) + change * weight).astype(old.dtype)
+    def approach(held: jax.Array, new: jax.Array) -> jax.Array:
+        old = jnp.where(restarts, 0, widen(held))
+        change = jnp.where(finite, new - old, 0)
+        moved: jax.Array = old + change * (1 / n.astype(old.dtype))
+        return moved.astype(held.dtype)
 
     def spread(v: jax.Array, e: jax.Array) -> jax.Array:
         # n / (n - 1), of no consequence at n = 1, where the deviation is zero.
         growth = n.astype(e.dtype) / jnp.maximum(n - 1, 1).astype(e.dtype)
-        return approach(v, e * e * growth - widen(v))
+        return approach(v, e * e * growth)
 
     def push(ring: jax.Array, x: jax.Array, m: jax.Array) -> Any:
         return _write_row(ring, jax.lax.rem(row, jnp.int32(ring.shape[0])), x, m, finite)
 
-    mean = jax.tree.map(lambda m, x: approach(m, difference(x, m)), state.mean, theta)
+    mean = jax.tree.map(lambda m, x: approach(m, widen(x)), state.mean, theta)
     deviation = jax.tree.map(difference, theta, mean)
     return SWAGState(
         num_updates=state.num_updates,
-        num_collected=state.num_collected + finite.astype(jnp.int32),
-        num_skipped=state.num_skipped + (~finite).astype(jnp.int32),
+        num_collected=jnp.where(finite, n, state.num_collected),
+        num_skipped=jnp.where(finite, state.num_skipped, optax.safe_increment(state.num_skipped)),
         mean=mean,
         variance=_map_kept(spread, state.variance, deviation),
         deviations=_map_kept(push, state.deviations, theta, mean),
     )
 
 
-@jax.custom_batching.custom_vmap
+@jax.custom_jvp
 def _write_row(
     ring: jax.Array, row: jax.Array, theta: jax.Array, mean: jax.Array, valid: jax.Array
 ) -> jax.Array:
     """Write theta - mean to a row of the ring in place, or write the row back as it was."""
+    written: jax.Array = _write_mapped(ring, row, theta, mean, valid)
+    return written
+
+
+@_write_row.defjvp
+def _write_row_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Linear in all floats; said here because ``custom_vmap`` has no reverse mode."""
+    (_, row, _, _, valid), (ring, _, theta, mean, _) = primals, tangents
+    return _write_row(*primals), _write(ring, (row,), theta, mean, valid)
+
+
+@jax.custom_batching.custom_vmap
+def _write_mapped(
+    ring: jax.Array, row: jax.Array, theta: jax.Array, mean: jax.Array, valid: jax.Array
+) -> jax.Array:
     written: jax.Array = _write(ring, (row,), theta, mean, valid)
     return written
 
 
-@_write_row.def_vmap
+@_write_mapped.def_vmap
 def _write_rows(size: int, batched: Any, *args: jax.Array) -> tuple[jax.Array, bool]:
     """Write a row of every member's ring; the rows differ where a member has skipped an iterate.
 
@@ -544,13 +698,62 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.sort(jnp.stack(finite))[0] if finite else jnp.array(True)
 
 
+def _agree(finite: jax.Array, counter: jax.Array) -> jax.Array:
+    """Under ``jax.shard_map``: whether the weights are finite on all devices that share them.
+
+    They do along the axes in which the weights vary and the counter does not: a counter of its own
+    on each device is that of a member of its own. With ``check_vma=False`` nothing tells which
+    axes these are, and all devices have to agree.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not manual:
+        return finite
+    axes = manual
+    if _varying(jax.lax.axis_index(manual)):  # types tell
+        shared = _varying(finite) - _varying(counter)
+        axes = tuple(name for name in manual if name in shared)
+    return jax.lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite
+
+
+def _vary(state: SWAGState, params: Any) -> SWAGState:
+    """Under ``jax.shard_map``: let the fields vary as they will once an iterate is collected."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return state
+    own = _varying(state.num_collected)
+
+    def like(held: jax.Array, *others: Any) -> Any:
+        missing = own.union(*map(_varying, others)) - _varying(held)
+        return jax.lax.pcast(held, tuple(missing), to="varying") if missing else held
+
+    return state._replace(
+        num_skipped=like(state.num_skipped),
+        mean=_map_kept(like, state.mean, params),
+        variance=_map_kept(like, state.variance, params),
+        deviations=_map_kept(like, state.deviations, params),
+    )
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    """The manual axes of a mesh over which an array differs, as far as its type tells."""
+    kind: Any = jax.typeof(x)
+    kind = getattr(kind, "manual_axis_type", None)
+    return frozenset() if kind is None else kind.varying
+
+
+def _held(mean: Any, iterate: Any) -> Any:
+    """The leaves of an iterate that the state holds: the observer may stand in optax.masked."""
+
+    def masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(lambda m, x: m if masked(m) else x, mean, iterate, is_leaf=masked)
+
+
 def _cadence(
     start: int, every: int, when: Callable[[jax.Array], jax.Array] | None
 ) -> Callable[[jax.Array], jax.Array]:
     """Build the predicate of t that says whether to collect."""
-    start, every = check_integer("start", start, 0), check_integer("every", every, 1)
-    if max(start, every) > jnp.iinfo(jnp.int32).max:
-        raise ValueError(f"start={start}, every={every}: steps are counted in int32")
+    start, every = check_step("start", start, 0), check_step("every", every, 1)
     if when is None:
         return lambda t: (t > start) & ((t - start) % every == 0)
     if (start, every) != (0, 1):
@@ -613,6 +816,15 @@ def _check_leaves(params: optax.Params) -> None:
             )
 
 
+def _given(params: Any) -> Any:
+    if params is None:
+        raise ValueError(
+            "params=None: swag collects the parameters after the step; "
+            "call tx.update(updates, state, params)"
+        )
+    return params
+
+
 def _check_state(state: Any, second_moment: bool, rank: int | None) -> None:
     """Refuse a state that another transformation made: it would be kept as it is, unseen."""
     if not isinstance(state, SWAGState):
@@ -661,49 +873,18 @@ def _type(x: Any) -> str:
     return type(x).__name__
 
 
-def _check_memory(
-    params: optax.Params, rank: int, accumulator_dtype: Any, deviation_dtype: Any
-) -> None:
-    """Refuse a state that no memory of the devices of ``params`` can hold.
-
-    Of this process alone, and of numbers alone: a trace has no devices.
-    """
-    pieces = [piece for x in jax.tree.leaves(params) for piece in _pieces(x)]
-    limit = _memory({device for _, device in pieces})
-
-    needed = 0
-    for x, _ in pieces:
-        kept = _storage_dtype(x, accumulator_dtype).itemsize
-        held = _storage_dtype(x, deviation_dtype or accumulator_dtype).itemsize
-        needed += jnp.size(x) * (2 * kept + rank * held)
-    if limit is not None and needed > limit:
-        raise ValueError(
-            f"rank={rank}: the state takes {needed:.3g} bytes, and the devices of the parameters "
-            f"have {limit:.3g} in all; lower rank, give deviation_dtype=jnp.bfloat16, or shard the "
-            "parameters (swagjax.state_bytes(params, rank) is the size of a state)"
-        )
-
-
-def _pieces(x: Any) -> list[tuple[Any, jax.Device]]:
-    """The parts of a leaf and the devices of their state; none of what has no numbers yet."""
-    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
-        return []
-    if isinstance(x, jax.Array):
-        return [(shard.data, shard.device) for shard in x.addressable_shards]
-    return [(x, jax.local_devices()[0])]  # of NumPy and Python: init moves it
-
-
-def _memory(devices: set[jax.Device]) -> int | None:
-    """All memory of the devices in bytes, where they tell; CPUs share that of the machine."""
-    if all(device.platform == "cpu" for device in devices):
-        known = devices and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
-    return sum(limits) if all(limits) else None
-
-
 def _is_state(node: Any) -> bool:
     return isinstance(node, SWAGState)
+
+
+def _trains_elsewhere(opt_state: Any, found: SWAGState) -> str | None:
+    """The optimizer that holds the weights to be evaluated apart, if they were not collected."""
+    contrib: Any = optax.contrib  # whose exports are not marked as such
+    kinds = (contrib.ScheduleFreeState, optax.LookaheadState, CollectState)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    held = [_type(node) for node in nodes if isinstance(node, kinds)]
+    both = isinstance(found.mean, optax.LookaheadParams)
+    return None if not held or both or "CollectState" in held else held[0]
 
 
 def _is_variable(node: Any) -> bool:
@@ -724,11 +905,20 @@ def _rebox(box: Any, function: Callable[[Any], Any]) -> Any:
     if not _is_variable(box):
         return box.replace_boxed(function(box.unbox())).add_axis(0, {"partition_name": None})
     names = {
-        name: (None, *value)
+        name: _behind_rank(value)
         for name, value in box.get_metadata().items()
-        if name.endswith("sharding") and isinstance(value, tuple)
+        if name.endswith("sharding")
     }
     return box.copy(function(box.get_value()), **names)
+
+
+def _behind_rank(names: Any) -> Any:
+    """The names of the axes of a ring, from those of its parameter in any form that flax takes."""
+    if isinstance(names, NamedSharding):
+        return NamedSharding(names.mesh, _behind_rank(names.spec), memory_kind=names.memory_kind)
+    if isinstance(names, PartitionSpec):
+        return PartitionSpec(None, *names)
+    return (None, *names) if isinstance(names, tuple | list) else names
 
 
 def _unwrap(node: Any) -> Any:

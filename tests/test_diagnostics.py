@@ -1,9 +1,5 @@
 import functools
 import itertools
-import re
-import sys
-import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +13,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import swagjax
-from swagjax import transform
 from swagjax.diagnostics import captured_variance, check_iterate, drift, effective_count
 
 RANK = 3
@@ -477,127 +472,6 @@ def test_state_bytes_of_shapes_allocate_nothing():
     params = {"w": jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32)}
     assert swagjax.state_bytes(params, 20) == 22 * 4 * 10**12 + 12
     assert swagjax.state_bytes(params, 20, deviation_dtype=jnp.bfloat16) == 48 * 10**12 + 12
-
-
-# --- Memory ----------------------------------------------------------------------------------
-
-
-def limited(monkeypatch, limit):
-    """Let the devices have this much memory; return the sets of devices that were asked for."""
-    asked = []
-
-    def memory(devices):
-        asked.append(devices)
-        return limit
-
-    monkeypatch.setattr(transform, "_memory", memory)
-    return asked
-
-
-TOO_LARGE = r"rank={}: the state takes {} bytes.*lower rank.*deviation_dtype=jnp\.bfloat16.*shard"
-
-
-def test_a_state_that_no_machine_holds_is_refused():
-    params = {"w": jnp.zeros(10**6)}  # 40 terabytes of deviations
-    with pytest.raises(ValueError, match=TOO_LARGE.format(10**7, r"4e\+13")):
-        swagjax.swag(10**7).init(params)
-    with pytest.raises(ValueError, match=TOO_LARGE.format(10**7, r"4e\+13")):
-        optax.chain(optax.sgd(0.1), swagjax.swag(10**7)).init(params)
-
-
-def test_the_message_quotes_state_bytes_and_the_memory(monkeypatch):
-    limited(monkeypatch, 1000)
-    needed = re.escape(f"takes {swagjax.state_bytes(model(), 20) - 12:.3g} bytes")
-    rest = r", .* have 1e\+03 in all; .*swagjax\.state_bytes\(params, rank\)"
-    with pytest.raises(ValueError, match=needed + rest):
-        swagjax.swag(20).init(model())
-
-
-def test_a_trace_has_no_memory_to_exceed():
-    init = swagjax.swag(10**7).init
-    params = {"w": jnp.zeros(10**6)}
-    assert jax.eval_shape(init, params).deviations["w"].shape == (10**7, 10**6)
-    assert jax.jit(init).lower(params).out_info.num_collected.shape == ()
-    abstract = jax.eval_shape(lambda: params)
-    assert jax.eval_shape(init, abstract).mean["w"].shape == (10**6,)
-
-
-@pytest.mark.parametrize("method", [swagjax.swa, swagjax.swag_diag])
-def test_methods_without_deviations_are_never_refused(monkeypatch, method):
-    limited(monkeypatch, 1)
-    method().init(model())
-
-
-@pytest.mark.parametrize(
-    "dtypes", [{}, {"deviation_dtype": "bfloat16"}, {"accumulator_dtype": "bfloat16"}]
-)
-def test_the_limit_is_met_to_the_byte(monkeypatch, dtypes):
-    needed = swagjax.state_bytes(model(), 5, **dtypes) - 12  # but for three counters
-    tx = swagjax.swag(5, **dtypes)
-    asked = limited(monkeypatch, needed)
-    assert int(tx.init(model()).num_collected) == 0
-    assert asked == [{jax.devices()[0]}]
-    limited(monkeypatch, needed - 1)
-    with pytest.raises(ValueError, match="rank=5: the state takes"):
-        tx.init(model())
-
-
-def test_devices_that_do_not_tell_refuse_nothing(monkeypatch):
-    limited(monkeypatch, None)
-    swagjax.swag(5).init(model())
-
-
-def test_sharded_parameters_may_fill_all_of_their_devices(monkeypatch):
-    mesh = jax.make_mesh((8,), ("d",))
-    whole = {"w": jnp.zeros((8, 16))}
-    needed = swagjax.state_bytes(whole, 5) - 12
-    sharded = jax.device_put(whole, NamedSharding(mesh, P("d")))
-    asked = limited(monkeypatch, needed)
-    swagjax.swag(5).init(sharded)
-    assert asked == [set(jax.devices())]
-    # Replicas are held by every device: eight times as much.
-    replicated = jax.device_put(whole, NamedSharding(mesh, P()))
-    with pytest.raises(ValueError, match=re.escape(f"takes {8 * needed:.3g} bytes")):
-        swagjax.swag(5).init(replicated)
-    limited(monkeypatch, 8 * needed)
-    swagjax.swag(5).init(replicated)
-
-
-@pytest.mark.parametrize("params", [{"w": np.zeros(100, np.float32)}, [0.5] * 100])
-def test_parameters_outside_of_a_device_count_as_well(monkeypatch, params):
-    # Weights as they come from a file: init puts their state on the default device.
-    limited(monkeypatch, swagjax.state_bytes(params, 5) - 12)
-    swagjax.swag(5).init(params)
-    limited(monkeypatch, swagjax.state_bytes(params, 5) - 13)
-    with pytest.raises(ValueError, match="rank=5: the state takes"):
-        swagjax.swag(5).init(params)
-
-
-def device(platform, stats=None):
-    return types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
-
-
-def frozen(devices):
-    """A stand-in for a set: these devices cannot be hashed."""
-    return list(devices)
-
-
-def test_accelerators_add_up_and_those_that_do_not_tell_count_as_unlimited():
-    gpus = [device("gpu", {"bytes_limit": 10, "bytes_in_use": 3}) for _ in range(4)]
-    assert transform._memory(frozen(gpus)) == 40
-    assert transform._memory(frozen([*gpus, device("tpu", {"bytes_limit": 2})])) == 42
-    for silent in (device("gpu"), device("gpu", {}), device("cpu")):
-        assert transform._memory(frozen([*gpus, silent])) is None
-
-
-def test_processors_share_the_memory_of_their_machine():
-    one = transform._memory({jax.devices()[0]})
-    assert one is None or one > 1 << 27  # None where the system does not tell
-    if sys.platform == "linux":  # which does, and in another place as well
-        total = re.search(r"MemTotal: *(\d+) kB", Path("/proc/meminfo").read_text())
-        assert one == pytest.approx(1024 * int(total[1]), rel=0.1)
-    assert transform._memory(set(jax.devices())) == one
-    assert transform._memory(set()) is None
 
 
 # --- drift, effective_count, captured_variance ------------------------------------------------

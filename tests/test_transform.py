@@ -1,5 +1,6 @@
 import functools
 import re
+import sys
 from typing import NamedTuple
 
 import chex
@@ -1212,7 +1213,7 @@ def test_partitioned_linen_parameters_do_not_partition_the_rank_axis():
 
 
 def test_a_start_beyond_the_counter_is_refused():
-    with pytest.raises(ValueError, match=r"start=1099511627776, .*int32"):
+    with pytest.raises(ValueError, match=r"start=1099511627776: .*int32"):
         swagjax.swa(start=2**40)
 
 
@@ -1254,3 +1255,354 @@ def test_a_box_may_be_masked(boxed):
     state = swagjax.get_state(opt_state)
     assert [x.ndim for x in jax.tree.leaves(state.mean)] == [1]
     assert [x.ndim for x in jax.tree.leaves(state.deviations)] == [2]
+
+
+# --- Beside the states of optax -----------------------------------------------------------------
+
+
+def optax_names():
+    """Names of the fields of all states of optax, and of the mapping of inject_hyperparams."""
+    names = set()
+    modules = (m for name, m in sys.modules.items() if name.split(".")[0] == "optax" and m)
+    for cls in {id(c): c for m in modules for c in vars(m).values()}.values():
+        if isinstance(cls, type) and cls.__module__.startswith("optax") and "State" in cls.__name__:
+            names |= set(getattr(cls, "_fields", ()) or getattr(cls, "__dataclass_fields__", ()))
+    return names
+
+
+def test_no_field_of_ours_has_a_name_that_states_of_optax_use():
+    """tree_set(opt_state, count=0), which restarts a schedule, set our counter as well."""
+    taken = optax_names()
+    assert {"count", "mu", "nu", "trace", "mini_step", "hyperparams", "ema"} <= taken
+    ours = (
+        swagjax.SWAGState,
+        transform.CollectState,
+        swagjax.constant_sgd.PreconditionerState,
+        swagjax.ensemble.Mixture,
+    )
+    for cls in ours:
+        # Where optax's wrappers hold the state of another optimizer, nothing is found by value.
+        assert not set(cls._fields) & taken, cls
+
+
+def test_restarting_a_schedule_leaves_the_posterior_alone():
+    tx = optax.chain(optax.adam(0.1), swagjax.swag(2))
+    opt_state, _ = train(tx, model(), steps=5)
+    assert optax.tree_utils.tree_get(opt_state, "count") == 5
+    restarted = optax.tree_utils.tree_set(opt_state, count=jnp.int32(0))
+    assert optax.tree_utils.tree_get(restarted, "count") == 0
+    before, after = swagjax.get_state(opt_state), swagjax.get_state(restarted)
+    chex.assert_trees_all_equal(before, after)
+
+
+@each_method
+def test_collecting_anew_forgets_what_was_collected(method):
+    """num_collected=0 by tree_set: old ring rows and a mean of 1e8 stayed in use."""
+    old = jnp.asarray(1e8 * np.random.default_rng(0).normal(size=(7, 4)), jnp.float32)
+    new = numbers((2, 4), seed=1)
+    state = feed(method(), old)
+    state = optax.tree_utils.tree_set(state, num_collected=jnp.int32(0))
+    state = feed(method(), new, state)
+    fresh = feed(method(), new)
+    chex.assert_trees_all_equal(state.mean, fresh.mean)
+    chex.assert_trees_all_equal(state.variance, fresh.variance)
+    assert_matches(state._replace(deviations=fresh.deviations), list(np.asarray(new)))
+    chex.assert_trees_all_close(swagjax.variance(state), swagjax.variance(fresh), rtol=1e-6)
+
+
+def test_a_variance_that_overflowed_is_forgotten_too():
+    zeros, huge = jnp.zeros(1), jnp.full(1, 1e30)
+    state = feed(swagjax.swag_diag(), jnp.stack([zeros, huge]))
+    assert not np.isfinite(state.variance).all()
+    state = state._replace(num_collected=jnp.int32(0))
+    state = feed(swagjax.swag_diag(), jnp.array([[1.0], [3.0]]), state)
+    np.testing.assert_array_equal(state.variance, [1.0])
+
+
+def test_counters_stop_at_the_largest_int32():
+    """They wrapped to -2^31: a negative weight, and rows before the ring."""
+    top = jnp.int32(2**31 - 1)
+    state = feed(swagjax.swag(3), numbers((5, 4)))
+    state = state._replace(num_updates=top, num_collected=top, num_skipped=top)
+    again = feed(swagjax.swag(3), numbers((2, 4), seed=1), state)
+    assert (again.num_updates, again.num_collected, again.num_skipped) == (top, top, top)
+    np.testing.assert_allclose(again.mean, state.mean, rtol=1e-6)
+    assert np.isfinite(swagjax.variance(again, centering="final")).all()
+    skipped = feed(swagjax.swag(3), jnp.full((1, 4), jnp.nan), state)
+    assert (skipped.num_collected, skipped.num_skipped) == (top, top)
+    merged = swagjax.merge(state, again)
+    assert (merged.num_updates, merged.num_collected, merged.num_skipped) == (top, top, top)
+    np.testing.assert_allclose(merged.mean, state.mean, rtol=1e-6)
+    assert np.isfinite(swagjax.sample(jax.random.key(0), merged)).all()
+
+
+# --- Arguments are used as checked --------------------------------------------------------------
+
+
+def test_integers_of_jax_are_integers():
+    """rank=jnp.asarray(5) passed the check and overflowed in init."""
+    five, one = jnp.asarray(5), jnp.asarray(1)
+    tx = swagjax.swag(five, start=one, every=one)
+    assert feed(tx, numbers((3, 2))).deviations.shape == (5, 2)
+    assert swagjax.state_bytes({"w": jnp.zeros(2, jnp.float32)}, five) == 68
+    for wrong in (jnp.asarray(True), jnp.asarray(2.0), jnp.asarray([2])):
+        with pytest.raises(ValueError, match="rank="):
+            swagjax.swag(wrong)
+
+
+def test_inject_hyperparams_around_swag():
+    params = jnp.ones(2)
+    injected = optax.inject_hyperparams(swagjax.swag)(rank=5)
+    state = injected.init(params)
+    assert swagjax.get_state(state).deviations.shape == (5, 2)
+    _, state = injected.update(params, state, params)
+    assert swagjax.get_state(state).num_collected == 1
+    # Inside jit they are traced, unless they are static.
+    with pytest.raises(ValueError, match=r"rank is traced.*static_args=\('rank', ...\)"):
+        jax.jit(injected.update)(params, state, params)
+    static = ("rank", "start", "every")
+    injected = optax.inject_hyperparams(swagjax.swag, static_args=static)(rank=5)
+    _, state = jax.jit(injected.update)(params, injected.init(params), params)
+    assert swagjax.get_state(state).num_collected == 1
+
+
+# --- Optimizers that train elsewhere than where they are evaluated -------------------------------
+
+
+QUADRATIC = jax.grad(lambda p: jnp.sum(jnp.cosh(p) * jnp.array([1.0, 3.0], p.dtype)))
+
+
+def run_with(tx, params, evaluated, trained=lambda params: params, steps=11):
+    """Train; return the last state and what a user would evaluate after each step, in float64."""
+    step, state, found = jax.jit(tx.update), tx.init(params), []
+    for _ in range(steps):
+        updates, state = step(QUADRATIC(trained(params)), state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(np.asarray(evaluated(state.optimizer_state, params), np.float64))
+    return state, found
+
+
+def clean(state, params):
+    """The weights that sam has not perturbed, as in the docstring of collect."""
+    synced = state.steps_since_sync == 0
+    return jax.tree.map(lambda x, c: jnp.where(synced, x, c), params, state.cache)
+
+
+def start_at():
+    return jnp.array([1.0, -1.0], jnp.float32)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_sam_is_collected_at_its_unperturbed_weights(every):
+    """With an odd ``every``, swag in a chain took every other iterate from perturbed weights."""
+    perturb = optax.chain(optax.contrib.normalize(), optax.sgd(0.3))
+    sam = optax.contrib.sam(optax.sgd(0.05), perturb, sync_period=2)
+    with jax.numpy_dtype_promotion("standard"):
+        state, found = run_with(
+            swagjax.collect(sam, swagjax.swag(3, every=every), clean), start_at(), clean
+        )
+        # By hand: x <- x - 0.05 g(x + 0.3 g / |g|), two calls a step.
+        x, wanted = np.array([1.0, -1.0]), []
+        gradient = lambda p: np.sinh(p) * np.array([1.0, 3.0])  # noqa: E731
+        for t in range(11):
+            if t % 2:
+                g = gradient(x)
+                x = x - 0.05 * gradient(x + 0.3 * g / np.linalg.norm(g))
+            wanted.append(x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert_matches(swagjax.get_state(state), chosen([None, *wanted], every=every), step=11)
+
+
+def test_schedule_free_is_collected_at_its_average():
+    """A chain collects y, where gradients are taken, and not x."""
+    evaluate = optax.contrib.schedule_free_eval_params
+    free = optax.contrib.schedule_free_sgd(0.1, b1=0.9)
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = run_with(swagjax.collect(free, swagjax.swag(3), evaluate), start_at(), evaluate)
+        # By hand: y = .1 z + .9 x, z <- z - 0.1 g(y), x the average of the z.
+        x = z = np.array([1.0, -1.0])
+        wanted = []
+        for t in range(1, 12):
+            z = z - 0.1 * np.sinh(0.1 * z + 0.9 * x) * np.array([1.0, 3.0])
+            x = x + (z - x) / t
+            wanted.append(x)
+        assert_matches(swagjax.get_state(state), wanted, step=11, rtol=1e-4)
+        # In a chain it is found out when the state is read.
+        chain = optax.chain(free, swagjax.swag(3))
+        opt_state = chain.init(start_at())
+    with pytest.raises(ValueError, match=r"ScheduleFreeState.*swagjax\.collect"):
+        swagjax.get_state(opt_state)
+    assert swagjax.get_state(opt_state[1]).num_collected == 0
+
+
+def test_lookahead_is_collected_at_its_slow_weights():
+    slow = lambda _, params: params.slow  # noqa: E731
+    ahead = optax.lookahead(optax.sgd(0.1), sync_period=3, slow_step_size=0.5)
+    params = optax.LookaheadParams.init_synced(start_at())
+    with jax.numpy_dtype_promotion("standard"):
+        tx = swagjax.collect(ahead, swagjax.swag(3), slow)
+        state, _ = run_with(tx, params, slow, trained=lambda params: params.fast)
+        fast = held = np.array([1.0, -1.0])
+        wanted = []
+        for t in range(1, 12):
+            fast = fast - 0.1 * np.sinh(fast) * np.array([1.0, 3.0])
+            if t % 3 == 0:
+                fast = held = held + 0.5 * (fast - held)
+            wanted.append(held)
+    assert_matches(swagjax.get_state(state), wanted, step=11)
+    # Inside, it would see the fast weights alone, before they are synchronised.
+    inside = optax.lookahead(optax.chain(optax.sgd(0.1), swagjax.swag(3)), 3, 0.5)
+    with pytest.raises(ValueError, match=r"LookaheadState.*swagjax\.collect"):
+        swagjax.get_state(inside.init(params))
+    # Behind it, it sees both.
+    both = optax.chain(ahead, swagjax.swag(3)).init(params)
+    assert swagjax.get_state(both).mean.slow.shape == (2,)
+
+
+def test_collect_with_a_mask_and_only_when_it_is_time():
+    """``evaluate`` stands in the branch, sees all weights, and what the mask holds is collected."""
+    params = model()
+    masked = optax.masked(swagjax.swag(2, every=3), {"b": True, "w": False})
+    tx = swagjax.collect(
+        optax.sgd(0.1), masked, lambda _, p: jax.tree.map(lambda x: 2 * x + p["w"]["z"][0], p)
+    )
+    # The trees of params and state have their structure checked in ``train``.
+    opt_state, iterates = train(tx, params, steps=7)
+    wanted = [2 * x["b"] + x["w"]["z"][0] for x in iterates]
+    state = swagjax.get_state(opt_state)
+    assert_matches(state, chosen(wanted, every=3), step=7)
+    assert swagjax.variance(state)["w"] == optax.MaskedNode()
+    found = jax.make_jaxpr(tx.update)(params, opt_state, params)
+    outside = [e.primitive.name for e in found.jaxpr.eqns]
+    assert "cond" in outside
+    plain = jax.make_jaxpr(optax.chain(optax.sgd(0.1), masked).update)(
+        params, optax.chain(optax.sgd(0.1), masked).init(params), params
+    )
+    assert outside.count("mul") == [e.primitive.name for e in plain.jaxpr.eqns].count("mul")
+
+
+def test_collect_asks_for_a_function():
+    with pytest.raises(ValueError, match="evaluate is a int: give a function"):
+        swagjax.collect(optax.sgd(0.1), swagjax.swag(2), 3)
+
+
+# --- Derivatives --------------------------------------------------------------------------------
+
+
+def of_collected(rows):
+    """A number that depends on all that was collected, mean, variance and ring."""
+    zeros, tx = jnp.zeros(rows.shape[1], rows.dtype), swagjax.swag(2)
+    state = tx.init(zeros)
+    for row in rows:
+        _, state = tx.update(row, state, zeros)
+    weights = jnp.arange(1.0, 1 + rows.shape[1], dtype=rows.dtype)
+    return jnp.sum(weights * (swagjax.variance(state) + state.mean**3))
+
+
+def by_hand(rows):
+    """The same from the definitions, in float64."""
+    mean = rows.mean(0)
+    D = np.stack([rows[1] - rows[:2].mean(0), rows[2] - mean])
+    variance = (rows.var(0) + (D**2).sum(0)) / 2
+    return (np.arange(1.0, 1 + rows.shape[1]) * (variance + mean**3)).sum()
+
+
+def numeric_gradient(function, x, h=1e-5):
+    steps = h * np.eye(x.size).reshape(x.size, *x.shape)
+    slopes = [(function(x + s) - function(x - s)) / (2 * h) for s in steps]
+    return np.reshape(slopes, x.shape)
+
+
+DERIVATIVES = {
+    "grad": jax.grad,
+    "jacfwd": jax.jacfwd,
+    "remat": lambda function: jax.grad(jax.checkpoint(function)),
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_collecting_is_differentiable(derivative):
+    """The row write had no reverse mode: "Linearization failed" in meta-learning and remat."""
+    rows = np.random.default_rng(0).normal(size=(3, 2))
+    got = jax.jit(DERIVATIVES[derivative](of_collected))(jnp.asarray(rows, jnp.float32))
+    np.testing.assert_allclose(got, numeric_gradient(by_hand, rows), rtol=1e-4, atol=1e-5)
+
+
+def test_collecting_is_differentiable_twice_and_for_members_side_by_side():
+    rows = np.random.default_rng(0).normal(size=(2, 3, 2))
+
+    def once(x):
+        return numeric_gradient(by_hand, x, 1e-4)
+
+    wanted = [numeric_gradient(lambda x: (once(x) * rows[0]).sum(), x, 1e-4) for x in rows]
+
+    def along(x):  # forward over reverse
+        return jax.jvp(jax.grad(of_collected), (x,), (jnp.asarray(rows[0], x.dtype),))[1]
+
+    got = jax.jit(jax.vmap(along))(jnp.asarray(rows, jnp.float32))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+# --- Weights spread by shard_map ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_shards_collect_all_together_or_not_at_all(kind, check_vma):
+    """Under shard_map the default was a TypeError; without check_vma counters came apart."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    specs = {"w": P("x", "y"), "b": P("y"), "s": P()}
+    ring = jax.tree.map(lambda spec: P(None, *spec), specs)
+    of_state = swagjax.SWAGState(P(), P(), P(), specs, specs, ring)
+    shapes = {"w": (3, 8, 4), "b": (3, 2), "s": (3,)}
+    iterates = {k: numbers(shape, seed=i) for i, (k, shape) in enumerate(shapes.items())}
+    # The second is not finite, in one coordinate on one device.
+    iterates["w"] = iterates["w"].at[1, 5, 3].set(jnp.inf)
+    tx = swagjax.swag(2)
+    with jax.set_mesh(mesh):
+        init, update = (
+            jax.jit(
+                jax.shard_map(
+                    function,
+                    mesh=mesh,
+                    in_specs=in_specs,
+                    out_specs=of_state,
+                    check_vma=check_vma,
+                )
+            )
+            for function, in_specs in (
+                (tx.init, (specs,)),
+                (lambda u, s, p: tx.update(u, s, p)[1], (specs, of_state, specs)),
+            )
+        )
+        place = functools.partial(
+            jax.tree.map, lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec)), specs
+        )
+        zeros = place({k: jnp.zeros_like(x[0]) for k, x in iterates.items()})
+        state = init(zeros)
+        for t in range(3):
+            step = place({k: x[t] for k, x in iterates.items()})
+            state = update(step, state, zeros)
+    assert {int(s.data) for s in state.num_collected.addressable_shards} == {2}
+    assert {int(s.data) for s in state.num_skipped.addressable_shards} == {1}
+    assert_matches(jax.device_get(state), [rows(iterates)[i] for i in (0, 2)], step=3, skipped=1)
+
+
+def test_members_on_devices_of_their_own_skip_alone():
+    """Counters that vary along an axis of the mesh are those of members, not of one posterior."""
+    mesh = jax.make_mesh((4,), ("member",), axis_types=(AxisType.Auto,))
+    axes = swagjax.member_axes(jax.eval_shape(swagjax.swag(2).init, jnp.zeros(3)))
+    tx, spec = swagjax.swag(2), P("member")
+    init = jax.vmap(tx.init, out_axes=axes)
+    update = jax.vmap(lambda u, s, p: tx.update(u, s, p)[1], (0, axes, 0), axes)
+    of_state = jax.tree.map(
+        lambda axis: P() if axis is None else spec, axes, is_leaf=lambda axis: axis is None
+    )
+    step = jax.jit(
+        jax.shard_map(update, mesh=mesh, in_specs=(spec, of_state, spec), out_specs=of_state)
+    )
+    zeros = jnp.zeros((4, 3))
+    updates = numbers((4, 3)).at[2, 1].set(jnp.nan)
+    state = step(updates, init(zeros), zeros)
+    np.testing.assert_array_equal(state.num_collected, [1, 1, 0, 1])
+    np.testing.assert_array_equal(state.num_skipped, [0, 0, 1, 0])
