@@ -63,7 +63,7 @@ def fill(theta: Any, like: Any, *, repeats: int | None = None) -> Any:
     """
 
     def repeat(leaf: Any) -> Any:
-        if not (hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)):
+        if not _is_number(leaf):
             return leaf
         leaf = jnp.asarray(leaf)
         return jnp.broadcast_to(leaf, (repeats, *leaf.shape))
@@ -142,10 +142,12 @@ def _pair(
 
 
 def _shape(leaf: Any) -> Any:
-    try:
-        return jnp.shape(leaf)
-    except TypeError:  # a function, a string
-        return type(leaf).__name__
+    """The shape of a leaf, or the type of what has none: a function, a string."""
+    return jnp.shape(leaf) if _is_number(leaf) else type(leaf).__name__
+
+
+def _is_number(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
 
 
 def _is_hole(node: Any) -> bool:

@@ -305,8 +305,10 @@ def test_swag_inside_of_lookahead_is_found():
         grads = gradients(params.fast, t)
         updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-    with pytest.raises(ValueError, match=NOT_LAST):
+    with pytest.raises(ValueError, match=r"LookaheadState.*swagjax\.collect"):
         check_iterate(opt_state, params.fast)
+    with pytest.raises(ValueError, match=NOT_LAST):
+        check_iterate(opt_state.fast_state, params.fast)
 
 
 def test_parameters_changed_after_the_step_are_found():

@@ -14,6 +14,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import swagjax
+from swagjax import diagnostics, ensemble, io, subspace, surface
+from swagjax.gaussian import total
 from swagjax.posterior import iterates
 
 RANK = 4
@@ -1097,3 +1099,267 @@ def test_regression_a_sample_stays_on_the_device_of_its_state():
     program = str(jax.make_jaxpr(swagjax.sample)(jax.random.key(0), state))
     assert "device_put" not in program
     assert "callback" not in program
+
+
+# --- Rows of the ring that were not written since the last reset -------------------------------
+
+
+def after_reset(count):
+    """A state of a collection that began anew, and the same with zeros for what is older."""
+    zeros = template(np.float32)
+    rng = np.random.default_rng(3)
+    old = jax.tree.map(lambda x: rng.normal(size=(7, *x.shape)).astype(np.float32) * 30, zeros)
+    new = stack(count, zeros, seed=1)
+    state = collect(TX["swag"], old)
+    state = optax.tree_utils.tree_set(state, num_collected=jnp.int32(0))
+    for i in range(count):
+        update = jax.tree.map(lambda x, i=i: x[i], new)
+        _, state = jitted(TX["swag"].update)(update, state, zeros)
+    held = jnp.arange(RANK) < count
+    clean = jax.tree.map(
+        lambda ring: jnp.where(held.reshape(-1, *(1,) * (ring.ndim - 1)), ring, 0), state.deviations
+    )
+    assert any(
+        (x != y).any()
+        for x, y in zip(*map(jax.tree.leaves, (state.deviations, clean)), strict=True)
+    )
+    return state, state._replace(deviations=clean), new
+
+
+def saved(state, tmp_path):
+    io.save(tmp_path / "state.safetensors", state)
+    return io.load(tmp_path / "state.safetensors", template(np.float32))
+
+
+FLOOR = {"min_variance": 0.1}
+OF_A_RESET = {
+    **READERS,
+    "log_prob_difference": lambda state, **options: swagjax.log_prob_difference(
+        state, state.mean, jax.tree.map(jnp.ones_like, state.mean), **options
+    ),
+    "kl": lambda state, **options: swagjax.kl(state, example(dtype=np.float32)[0], **options),
+    "kl of another": lambda state, **options: swagjax.kl(
+        example(dtype=np.float32)[0], state, **options
+    ),
+    "mixture": lambda state, **options: ensemble.variance(ensemble.mix([state, state]), **options),
+    "draw of a mixture": lambda state, **options: ensemble.sample(
+        jax.random.key(0), ensemble.mix([state, state]), **options
+    ),
+}
+WITHOUT_OPTIONS = {
+    "iterates": iterates,
+    "merged before": lambda state: swagjax.merge(state, example(dtype=np.float32)[0]),
+    "merged behind": lambda state: swagjax.merge(example(dtype=np.float32)[0], state),
+    "merged with nothing": lambda state: swagjax.merge(state, TX["swag"].init(state.mean)),
+    "nothing merged": lambda state: swagjax.merge(TX["swag"].init(state.mean), state),
+    "subspace.pca": lambda state: subspace.pca(state, 1),
+    "surface.pca_plane": lambda state: surface.pca_plane(state, 1),
+}
+
+
+@pytest.mark.parametrize("centering", ["running", "final"])
+def test_rows_from_before_a_reset_count_nowhere(centering):
+    """After num_collected=0 old rows stayed in use: a variance of 140 for .60."""
+    state, clean, new = after_reset(count=3)
+    for name, read in OF_A_RESET.items():
+        options = {} if name == "mean" else {"centering": centering, **FLOOR}
+        got, wanted = (oracle.flatten(read(s, **options)) for s in (state, clean))
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6, err_msg=name)
+    dense = oracle.covariance("swag", rows(new), RANK, centering=centering)
+    variance = oracle.flatten(swagjax.variance(state, centering=centering))
+    np.testing.assert_allclose(variance, np.diag(dense), rtol=1e-4)
+
+
+def test_rows_from_before_a_reset_are_merged_projected_and_saved_nowhere(tmp_path):
+    state, clean, _ = after_reset(count=3)
+    for name, read in WITHOUT_OPTIONS.items():
+        got, wanted = (oracle.flatten(read(s)) for s in (state, clean))
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6, err_msg=name)
+    got, wanted = (swagjax.variance(s) for s in (saved(state, tmp_path), clean))
+    np.testing.assert_allclose(oracle.flatten(got), oracle.flatten(wanted), rtol=1e-6)
+
+
+def test_rows_from_before_a_reset_are_not_diagnosed():
+    """The diagnostics ask for four iterates of a ring of five and more."""
+    tx, zeros = swagjax.swag(6), jnp.zeros(3)
+    rng = np.random.default_rng(0)
+    state = clean = tx.init(zeros)
+    for x in 50 * rng.normal(size=(8, 3)):
+        _, state = jitted(tx.update)(jnp.asarray(x, zeros.dtype), state, zeros)
+    state = state._replace(num_collected=jnp.int32(0))
+    for x in rng.normal(size=(4, 3)):
+        _, state = jitted(tx.update)(jnp.asarray(x, zeros.dtype), state, zeros)
+        _, clean = jitted(tx.update)(jnp.asarray(x, zeros.dtype), clean, zeros)
+    for read in (diagnostics.drift, diagnostics.effective_count, diagnostics.captured_variance):
+        got, wanted = (oracle.flatten(read(s)) for s in (state, clean))
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, err_msg=read.__name__)
+
+
+# --- Second derivatives, and the flags that look for NaN and infinities ---------------------------
+
+
+def of_options(function):
+    return lambda options: function(scale=options[0], min_variance=options[1])
+
+
+def small(seed):
+    """A state of three weights with two deviations, in float64."""
+    rng, n = np.random.default_rng(seed), jnp.int32(3)
+    moments = (jnp.asarray(rng.normal(size=shape)) for shape in ((3,), (3,), (2, 3)))
+    mean, root, deviations = moments
+    return swagjax.SWAGState(n, n, 0 * n, mean, root**2, deviations)
+
+
+def dense_of(state, scale, min_variance):
+    D = np.asarray(state.deviations)
+    diagonal = np.diag(np.maximum(state.variance, min_variance))
+    return np.asarray(state.mean), scale / 2 * (diagonal + D.T @ D)
+
+
+def test_all_that_is_read_is_differentiable_twice_by_the_options(x64):
+    """The second derivatives of kl were a TypeError; here in float64 against differences."""
+    state, other = small(0), small(1)
+    point = state.mean + 0.5
+
+    def log_density(scale, min_variance):
+        return scipy.stats.multivariate_normal(*dense_of(state, scale, min_variance)).logpdf(point)
+
+    def entropy(scale, min_variance):
+        covariance = dense_of(state, scale, min_variance)[1]
+        return (3 * (1 + np.log(2 * np.pi)) + np.linalg.slogdet(covariance)[1]) / 2
+
+    def divergence(scale, min_variance):
+        pair = (dense_of(s, scale, min_variance) for s in (state, other))
+        return oracle.kl(*[x for gaussian in pair for x in gaussian])
+
+    cases = (
+        (functools.partial(swagjax.kl, state, other), divergence),
+        (functools.partial(swagjax.log_prob, state, point), log_density),
+        (functools.partial(swagjax.entropy, state), entropy),
+    )
+    at, h = np.array([1.3, 0.2]), 1e-4  # a floor above some variances and below others
+    steps = h * np.eye(2)
+    for function, exact in cases:
+        wanted = [
+            [
+                (
+                    exact(*(at + a + b))
+                    - exact(*(at + a - b))
+                    - exact(*(at - a + b))
+                    + exact(*(at - a - b))
+                )
+                / (4 * h * h)
+                for b in steps
+            ]
+            for a in steps
+        ]
+        got = jax.jit(jax.hessian(of_options(function)))(jnp.asarray(at))
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_is_differentiable_twice_inside_a_scan_that_depends_on_both():
+    """There JAX drops the rule for the derivative: that of the reduction itself has to do."""
+
+    def outer(a, b):
+        def body(carry, x):
+            one, two = total([a * x * jnp.ones(3)]), total([b * x * jnp.ones(3)])
+            return carry + one**2 * two**2, None
+
+        return jax.lax.scan(body, jnp.zeros(()), jnp.array([1.0, 2.0]))[0]
+
+    # 81 a^2 b^2 (1 + 16): the mixed derivative at a = b = 1 is 4 * 81 * 17.
+    mixed = jax.jacfwd(jax.grad(outer, 0), 1)(jnp.ones(()), jnp.ones(()))
+    np.testing.assert_allclose(mixed, 4 * 81 * 17, rtol=1e-6)
+
+
+def test_the_flags_of_jax_for_nan_and_infinities_stop_nothing_that_is_sound():
+    """jax_debug_nans stopped swagjax.mean: the NaN of an empty state was made on its own."""
+    zeros = jnp.zeros(3)  # as many weights as rows: the ring is full, and spans two directions
+    with jax.debug_nans(True), jax.debug_infs(True):
+        tx = swagjax.swag(3)
+        state = tx.init(zeros)
+        for x in np.random.default_rng(0).normal(size=(4, 3)):
+            _, state = tx.update(jnp.asarray(x, zeros.dtype), state, zeros)
+        key, mixture = jax.random.key(0), ensemble.mix([state, state])
+        space, options = subspace.pca(state, 2), {"centering": "final"}
+        for found in (
+            swagjax.mean(state),
+            swagjax.variance(state, **options),
+            swagjax.sample(key, state, like=zeros),
+            swagjax.from_noise(state, zeros, jnp.zeros(3)),
+            iterates(state),
+            swagjax.log_prob(state, zeros, **options),
+            swagjax.log_prob_difference(state, zeros, state.mean),
+            swagjax.entropy(state),
+            swagjax.kl(state, state, **options),
+            swagjax.merge(state, state),
+            ensemble.mean(mixture),
+            ensemble.variance(mixture),
+            ensemble.log_prob(mixture, zeros),
+            ensemble.sample(key, mixture),
+            subspace.point(space, jnp.ones(2)),
+            subspace.coordinates(space, zeros),
+            surface.pca_plane(state, 2).directions,
+            swagjax.predict(key, state, lambda w, x: w * x, 2.0, num_samples=2, antithetic=True),
+            jax.grad(swagjax.log_prob, 1)(state, state.mean),
+        ):
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+# --- like: leaves that are anything -----------------------------------------------------------
+
+
+def test_leaves_that_the_state_does_not_hold_pass_through_untouched():
+    """A sample with functions was a TypeError; antithetic made floats of integers, NaN of -inf."""
+    params = {"free": jnp.ones((2, 2), jnp.float32), "frozen": jnp.float32(3.0)}
+    state = run_masked(optax.masked(swagjax.swag(3), {"free": True, "frozen": False}), params)
+    frozen = {
+        "large": jnp.int32(16777217),
+        "masked": jnp.array([-jnp.inf, 0.0]),
+        "key": jax.random.key(7),
+        "function": jnp.tanh,
+        "name": "relu",
+        "number": 5,
+    }
+    like = {"free": params["free"].astype(jnp.bfloat16), "frozen": frozen}
+    key = jax.random.key(0)
+    theta = swagjax.sample(key, state, like=like)
+    assert theta["free"].dtype == jnp.bfloat16
+    for got in (
+        theta,
+        swagjax.from_noise(state, params, jnp.ones(3), like=like),
+        ensemble.sample(key, ensemble.mix([state]), like=like),
+    ):
+        assert all(got["frozen"][name] is leaf for name, leaf in frozen.items())
+    stacked = iterates(state, like=like)["frozen"]
+    assert stacked["function"] is jnp.tanh
+    assert stacked["key"].shape == (3,)
+    np.testing.assert_array_equal(stacked["large"], [16777217] * 3)
+    with pytest.raises(ValueError, match=r"like\['free'\] has shape \['builtin_function"):
+        swagjax.sample(key, state, like={**like, "free": len})
+    # In mirrored pairs as well.
+    arrays = {name: frozen[name] for name in ("large", "masked", "key")}
+    posterior = jax.tree_util.Partial(
+        swagjax.sample, state=state, like={"free": params["free"], "frozen": arrays}
+    )
+
+    def outputs(params, x):
+        held = params["frozen"]
+        return params["free"].sum() * x, held["large"], held["masked"], held["key"]
+
+    linear, large, masked, keys = swagjax.predict_samples(
+        key, posterior, outputs, 1.0, num_samples=4, antithetic=True
+    )
+    mean = float(state.mean["free"].sum())
+    np.testing.assert_allclose((linear[::2] + linear[1::2]) / 2, [mean] * 2, rtol=1e-6)
+    np.testing.assert_array_equal(large, [16777217] * 4)
+    np.testing.assert_array_equal(masked, [[-np.inf, 0.0]] * 4)
+    assert (keys == jax.random.key(7)).all()
+
+
+def test_an_equinox_module_with_its_functions_stands_for_like():
+    model = eqx.nn.MLP(2, 3, 4, 1, key=jax.random.key(0))
+    state = run_masked(swagjax.swag(2), eqx.filter(model, eqx.is_inexact_array))
+    theta = swagjax.sample(jax.random.key(0), state, like=model)
+    assert theta.activation is model.activation
+    assert theta(jnp.ones(2)).shape == (3,)
