@@ -383,6 +383,41 @@ def test_a_sharded_nnx_optimizer_from_end_to_end(kind):
     chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [3, 4])  # the axis of the mesh divides the second
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_spec_of_an_nnx_parameter_never_lands_on_the_rank_axis(kind, rank):
+    """A PartitionSpec is no tuple: as in flax's gemma, the ring took it for its own, silently."""
+    mesh, spec = mesh_of("2d", kind), P("data", "model")
+    with jax.set_mesh(mesh):
+        names = nnx.with_partitioning(nnx.initializers.lecun_normal(), spec)
+        net = nnx.Linear(8, 4, kernel_init=names, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(net, swagjax.swag(rank), wrt=nnx.Param)
+        optimizer.update(net, jax.tree.map(jnp.sin, nnx.state(net, nnx.Param)))
+    ring = optimizer.opt_state.deviations["kernel"]
+    assert ring.get_metadata("out_sharding") == P(None, *spec)
+    ring = swagjax.get_state(optimizer).deviations["kernel"]
+    assert ring.sharding.is_equivalent_to(NamedSharding(mesh, P(None, *spec)), 3)
+
+
+def test_every_form_of_metadata_is_moved_behind_the_rank_axis():
+    mesh, names = mesh_of("2d", AUTO), ("data", "model")
+    forms = {
+        names: (None, *names),
+        P(*names): P(None, *names),
+        NamedSharding(mesh, P(*names)): NamedSharding(mesh, P(None, *names)),
+    }
+    for form, wanted in forms.items():
+        param = nnx.Param(
+            jnp.zeros((8, 4)), out_sharding=form, optimizer_sharding=form, eager_sharding=False
+        )
+        metadata = swagjax.swag(4).init({"w": param}).deviations["w"].get_metadata()
+        assert metadata["out_sharding"] == metadata["optimizer_sharding"] == wanted
+    for form in (names, P(*names)):
+        box = linen.Partitioned(jnp.zeros((8, 4)), form)
+        specs = linen.get_partition_spec(swagjax.swag(4).init({"w": box}).deviations)
+        assert specs["w"] == P(None, *names)
+
+
 def test_the_shardings_of_an_nnx_optimizer():
     mesh, tx = mesh_of("2d", AUTO), optax.chain(optax.sgd(0.1), swagjax.swag(4))
     net = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
