@@ -16,6 +16,12 @@ and of your own. ``optax.tree_map_params`` is no substitute: it treats a ring as
 parameter, and would put the spec of the parameter's first axis on the rank axis.
 
 Many machines run the same program on a larger mesh, after ``jax.distributed.initialize()``.
+
+Inside ``jax.shard_map``, too, weights that are spread over devices are one iterate: it is collected
+by all devices or, where one of them holds a coordinate that is not finite, by none. A member of its
+own on every device, with counters of its own, skips alone. With ``check_vma=False``, and under
+``jax.pmap``, nothing tells the two apart, and all devices skip together. Read the state outside:
+``sample`` and the densities take the weights of one device for all there are.
 """
 
 import functools

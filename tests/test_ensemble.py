@@ -73,6 +73,7 @@ def test_members_are_what_was_put_in(kind):
         assert leaves_equal(ensemble.member(mixture, m), state(kind, m))
     assert tuple(mixture.num_collected) == COUNTS
     assert ensemble.member(mixture, np.int64(1)).num_collected == COUNTS[1]
+    assert ensemble.member(mixture, jnp.asarray(1)).num_collected == COUNTS[1]
     assert jax.jit(ensemble.member)(mixture, 2).num_collected == COUNTS[2]
 
 

@@ -227,3 +227,18 @@ CYCLES_MISUSE = {
 def test_wrong_cycles_are_answered(use, message):
     with pytest.raises(ValueError, match=message):
         use()
+
+
+def test_integers_of_jax_and_beyond_int32():
+    """A checked argument is used as checked; one beyond the counter was an OverflowError later."""
+    t = jnp.arange(1, 9)
+    due = at_minimum(jnp.asarray(4), start=jnp.asarray(2), last=jnp.asarray(1))
+    np.testing.assert_array_equal(due(t), at_minimum(4, start=2)(t))
+    for make in (
+        lambda n: cyclical_schedule(1.0, 0.1, 4, start=n),
+        lambda n: cyclical_schedule(1.0, 0.1, n),
+        lambda n: at_minimum(4, start=n),
+        lambda n: at_minimum(n),
+    ):
+        with pytest.raises(ValueError, match=r"=1099511627776: steps are counted in int32"):
+            make(2**40)

@@ -499,3 +499,14 @@ def test_products_are_of_full_precision_on_accelerators():
         assert found
         highest = (jax.lax.Precision.HIGHEST,) * 2
         assert {equation.params["precision"] for equation in found} == {highest}
+
+
+def test_integers_of_jax_are_integers():
+    """A checked argument is used as checked: as they were given they cannot be hashed."""
+    plane = surface.plane(jnp.zeros(2), jnp.array([2.0, 0]), jnp.array([0, 1.0]))
+    at = surface.grid(plane, num=jnp.asarray(3))
+    assert at[0].shape == (3, 3)
+    path = jax.tree_util.Partial(surface.point, plane)
+    found = surface.evaluate(lambda w, _: w.sum(), path, at, None, chunk_size=jnp.asarray(2))
+    np.testing.assert_allclose(found, at[0] + at[1], rtol=1e-6)
+    assert surface.pca_plane(jnp.eye(3), jnp.asarray(2)).points.shape == (3, 2)
