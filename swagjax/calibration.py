@@ -236,7 +236,7 @@ def _temperature(
         above = jnp.where(probs == 0, 0, above_label)
         return summing.mean(jnp.sum(probs * above, axis=-1), weights)
 
-    low, high = (jnp.asarray(end, logits.dtype) for end in _LOG_RANGE)
+    low, high = (jnp.full_like(logits, end, shape=()) for end in _LOG_RANGE)
     slopes = slope(low), slope(high)
     is_class = jnp.all((labels >= 0) & (labels < logits.shape[-1]))
     found = is_class & (slopes[0] < 0) & (slopes[1] > 0)

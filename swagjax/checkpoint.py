@@ -100,7 +100,10 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any) -> bool:
     # whatever names the manager gives to its steps, and whoever copies them
     path = next((path for path in root.iterdir() if _mark(path) == call), None)
     if path is None:
-        raise RuntimeError(f"step {step} was deleted from {root} before its checksums were written")
+        raise RuntimeError(
+            f"step {step} was deleted from {root} before its checksums were written: give the "
+            "manager options that keep the newest step, such as max_to_keep=2"
+        )
     if not re.fullmatch(_STEP, path.name):
         raise ValueError(
             f"manager names step {step} {path.name!r}, which restore_latest would not find: leave "

@@ -58,6 +58,8 @@ from swagjax.summing import is_traced
 # Sixteen-bit softmaxes and averages of them sum to one within about a percent; logits do not.
 _TOLERANCE = 0.02
 
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # XLA takes what is smaller for zero
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -1405,7 +1407,7 @@ def _check_ends(name: str, least: float, greatest: float) -> None:
             f"{name} holds the value {bad:g}, but must be finite: leave these examples out, or "
             "look for the cause in the model's outputs."
         )
-    if name.startswith("variance") and least <= 0:
+    if name.startswith("variance") and least < _TINY:
         raise ValueError(
             f"{name} holds the value {least:g}, but must be positive: a network returns a "
             "variance through jnp.exp or jax.nn.softplus, and where it returns none the noise of "

@@ -133,7 +133,7 @@ def collecting_schedule(
     """
     _check_rate("collect_value", collect_value, "try 0.03.")
     _check_rate("settled", settled, "try 0.01 of init_value.")
-    settle, rise = check_integer("settle", settle, 1), check_integer("rise", rise, 1)
+    settle, rise = check_step("settle", settle, 1), check_step("rise", rise, 1)
     least = settled * init_value
     decayed = swa_schedule(init_value, least, settle)
 
