@@ -96,6 +96,11 @@ def load(
     return Task(*parts, Part(prepared(ood.inputs), ood.labels), classes, vocabulary)
 
 
+def raw(dataset: str, data_dir: Path | None) -> tuple[Part, Part]:
+    """The train and test splits of a TFDS set as they are stored."""
+    return _tfds(dataset, data_dir)
+
+
 def _parts(dataset: str, data_dir: Path | None, evaluate: str) -> tuple[Part, Part]:
     """What there is to train on, and what to report on."""
     train, test = _digits() if dataset == "digits" else _tfds(dataset, data_dir)

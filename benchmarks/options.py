@@ -1,4 +1,4 @@
-"""What experiments share on their command line, and the error that ends in one clear line.
+"""What experiments share on their command line.
 
 Imports nothing heavy: ``python -m benchmarks --help`` answers at once.
 """
@@ -9,16 +9,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from benchmarks.errors import UsageError as UsageError
+
 V = TypeVar("V")
 ByDataset = Annotated[V, tyro.conf.arg(help_behavior_hint="(default: by data set)")]
 ByModel = Annotated[V, tyro.conf.arg(help_behavior_hint="(default: by model)")]
 
 
 NEUTRAL = {"name", "data_dir", "results", "resume"}  # options of no influence on the numbers
-
-
-class UsageError(Exception):
-    """Something that the user can put right: shown as one line, without a traceback."""
 
 
 def identity(chosen: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from benchmarks.options import UsageError
+from benchmarks.errors import UsageError
 
 PUBLISHED = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"

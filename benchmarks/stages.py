@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import progress
-from benchmarks.options import UsageError
+from benchmarks.errors import UsageError
 
 Stage = Callable[[str, Callable[[], Any]], Any]  # name and computation, to its result
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from benchmarks.options import UsageError
+from benchmarks.errors import UsageError
 
 Workload = Literal["lenet5", "preresnet20", "resnet18", "wrn28x10", "transformer", "leaves300"]
 Kind = Literal[

@@ -7,8 +7,6 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import algorithms, data, options
-from benchmarks import training as experiments
 from benchmarks.speed import measure
 from benchmarks.speed.figures import stepping
 from benchmarks.speed.figures.setting import Setting
@@ -21,6 +19,8 @@ RATES = (0.05, 0.01, 5e-4)  # learning rate, that while iterates are collected, 
 
 def throughput(setting: Setting) -> Iterator[Figure]:
     """An epoch of ``benchmarks.training``, with and without its augmentation."""
+    from benchmarks import data
+
     batch = setting.workload.batch
     count = _STEPS * batch
     rng = np.random.default_rng(0)
@@ -48,8 +48,11 @@ def throughput(setting: Setting) -> Iterator[Figure]:
         )
 
 
-def _epoch(setting: Setting, part: data.Part, augment: tuple[str, ...]) -> measure.Action:
+def _epoch(setting: Setting, part: Any, augment: tuple[str, ...]) -> measure.Action:
     """An epoch of one member, collected from at its end."""
+    from benchmarks import algorithms, options  # here, as what they need no other figure does
+    from benchmarks import training as experiments
+
     rates = dict(zip(("learning_rate", "swa_learning_rate", "weight_decay"), RATES, strict=True))
     chosen = options.Training(
         seeds=1,
@@ -67,7 +70,7 @@ def _epoch(setting: Setting, part: data.Part, augment: tuple[str, ...]) -> measu
     return measure.carried(lambda networks: run(2, networks)[0], [network])
 
 
-def _bare(setting: Setting, part: data.Part) -> measure.Action:
+def _bare(setting: Setting, part: Any) -> measure.Action:
     tx = optax.chain(optax.add_decayed_weights(RATES[2]), optax.sgd(RATES[1], momentum=0.9))
     step = stepping.training_step(setting.workload, tx)
     cut = [np.split(array, _STEPS) for array in part]
