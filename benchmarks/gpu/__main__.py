@@ -46,8 +46,8 @@ def _run(chosen: argparse.Namespace, begun: float) -> int:
     import jax
 
     # A run that resumes compiles nothing again.
-    chosen.work.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str((chosen.work / "programs").absolute()))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((chosen.work / "programs").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from benchmarks.gpu.job import DONE, UNFINISHED, Job, TimeUpError
     from benchmarks.gpu.parts import PARTS

@@ -37,7 +37,7 @@ STYLES = {
 
 def setting(tiny: bool) -> Setting:
     """What is trained."""
-    return SETTING.tiny() if tiny else SETTING
+    return SETTING.tiny(dtype="float32") if tiny else SETTING
 
 
 def run(job: Job) -> None:
