@@ -59,11 +59,12 @@ def _run(chosen: argparse.Namespace, begun: float) -> int:
         chosen.out,
         chosen.work,
         data=chosen.data,
-        seconds=seconds - (time.monotonic() - begun),
+        seconds=seconds,
         tiny=chosen.tiny,
         epochs=chosen.epochs,
         seed=chosen.seed,
         fresh=chosen.fresh,
+        begun=begun,
     )
     timer = job.watch()
     job.say(f"on {jax.devices()[0].device_kind}")

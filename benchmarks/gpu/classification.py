@@ -77,7 +77,7 @@ class Setting:
 
     def tiny(self, **changes: Any) -> "Setting":
         """The same at a size that a CPU does in seconds."""
-        small = {"epochs": 4, "start": 2, "batch": 32, "rank": 2, "samples": 2, "held_out": 344}
+        small = {"epochs": 4, "start": 2, "batch": 32, "rank": 2, "samples": 2, "held_out": 88}
         small |= {"chunk": 400, "refresh": 128, "reserve": 0.0, "seeds": min(2, self.seeds)}
         return dataclasses.replace(self, **(small | changes))
 
@@ -140,8 +140,10 @@ def run(job: Job, setting: Setting, published: dict[str, float] | None = None) -
 
 def load(job: Job, setting: Setting) -> Task:
     """The data, and a note of what is trained on it."""
-    task = task_of(setting, data.load(setting.dataset, job.data, job.tiny))
+    images = data.load(setting.dataset, job.data, job.tiny)
+    task = task_of(setting, images)
     job.note(
+        source=images.source,
         setting=_recorded(setting),
         dtype=setting.dtype,
         batch=setting.batch,

@@ -14,12 +14,16 @@ PARTS = ("train", "test")
 
 
 class Images(NamedTuple):
-    """Images uint8 ``(N, H, W, C)`` and integer labels ``(N,)``, to train on and to test on."""
+    """Images uint8 ``(N, H, W, C)`` and integer labels ``(N,)``, to train on and to test on.
+
+    ``source`` says where they come from: copies as JPEG are not quite the original images.
+    """
 
     train: np.ndarray
     train_labels: np.ndarray
     test: np.ndarray
     test_labels: np.ndarray
+    source: str
 
 
 def load(name: str, folder: Path | None, tiny: bool) -> Images:
@@ -68,7 +72,9 @@ def unpack(path: Path) -> Images:
     with np.load(path) as file:
         found = {name: file[name] for name in file.files}
     train, test = (_decode(found[f"{part}_bytes"], found[f"{part}_ends"]) for part in PARTS)
-    return Images(train, found["train_labels"], test, found["test_labels"])
+    jpeg = found["test_bytes"][:2].tobytes() == b"\xff\xd8"
+    source = "copies as JPEG" if jpeg else "copies as PNG"
+    return Images(train, found["train_labels"], test, found["test_labels"], source)
 
 
 def _decode(encoded: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -97,7 +103,8 @@ def _tfds(name: str, folder: Path | None) -> Images:
         ) from error
     train, test = data.raw(name, folder)
     labels = (part.labels.astype(np.int32) for part in (train, test))
-    return Images(train.inputs, next(labels), test.inputs, next(labels))
+    source = "tensorflow-datasets"
+    return Images(train.inputs, next(labels), test.inputs, next(labels), source)
 
 
 def _digits(channels: int) -> Images:
@@ -107,4 +114,5 @@ def _digits(channels: int) -> Images:
     digits = load_digits()
     grey = np.minimum(16 * digits.images, 255).astype(np.uint8).repeat(2, 1).repeat(2, 2)
     images, labels = np.repeat(grey[..., None], channels, -1), digits.target.astype(np.int32)
-    return Images(images[:600], labels[:600], images[600:700], labels[600:700])
+    parts = images[:400], labels[:400], images[400:500], labels[400:500]
+    return Images(*parts, "scikit-learn's digits")

@@ -51,12 +51,14 @@ class Job:
         epochs: int | None = None,
         seed: int = 0,
         fresh: bool = False,
+        begun: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.part, self.out, self.work = part, out, work / part
         self.data, self.tiny, self.epochs, self.seed = data, tiny, epochs, seed
         self.save_every = 0.0 if tiny else SAVE_EVERY
-        self._seconds, self._clock, self._begun = seconds, clock, clock()
+        self._seconds, self._clock = seconds, clock
+        self._begun = clock() if begun is None else begun
         self._last_said = -1e9
         # What fits the box was chosen by the first run, and is among what is remembered.
         options = {"tiny": tiny, "epochs": epochs, "seed": seed}
