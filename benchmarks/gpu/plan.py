@@ -74,7 +74,7 @@ def table(content: dict[str, Any]) -> str:
         f"{SHARE['bytes']:.0%} of its copy, {SHARE['seconds_per_product'] * 1e6:g} us a product; "
         "compiling comes on top"
     )
-    return "\n".join([*lines, note])
+    return "\n".join([*(line.rstrip() for line in lines), note])
 
 
 def estimate(found: Cost) -> dict[str, Any]:
