@@ -366,7 +366,9 @@ def draw(job: Job, task: Task, predictions: Predictions) -> None:
         plot.reliability_diagram(*bins, ax=ax, label=method)
         below = figure.add_subplot(grid[1, i])
         _draw_entropies(below, test, outside, labels)
-        below.set(title=method, yscale="log")
+        below.set(title=method, yscale="log", ylabel=below.get_ylabel() if i == 0 else "")
+    handles, names = below.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     ax.set_title(f"{job.part}: 20 bins of equal count; below, predictive entropy")
     job.picture(figure)
     plt.close(figure)
@@ -382,6 +384,7 @@ def _draw_entropies(ax: Any, test: np.ndarray, outside: np.ndarray, labels: np.n
         entropies = map(metrics.predictive_entropy, two)
         classes = test.shape[-1]
         plot.entropy_histograms(*entropies, num_classes=classes, num_bins=BINS, ax=ax, labels=names)
+        ax.get_legend().remove()  # one below all
 
 
 def pyplot() -> Any:
