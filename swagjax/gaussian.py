@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from swagjax import pooling
+from swagjax.summing import two_sum
 from swagjax.transform import SWAGState, wide_dtype, widen
 
 Centering = Literal["running", "final"]
@@ -327,7 +328,7 @@ def total(arrays: list[jax.Array]) -> jax.Array:
     dtype = wide_dtype(*[x.dtype for x in arrays])
     zero = jnp.zeros((), dtype)
     parts = [_exact_sum(x.astype(dtype)) for x in arrays]
-    high, low = functools.reduce(_two_sum, parts, (zero, zero))
+    high, low = functools.reduce(two_sum, parts, (zero, zero))
     return high + low
 
 
@@ -414,7 +415,7 @@ def _exact_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Zeros that depend on x in form: where a transformation has dropped the rule below, a reduction
     # is differentiable only if all of its operands have tangents.
     pairs = (x, jnp.where(jnp.zeros_like(x, bool), x, 0))
-    high, low = jax.lax.reduce(pairs, (zero, zero), _two_sum, tuple(range(x.ndim)))
+    high, low = jax.lax.reduce(pairs, (zero, zero), two_sum, tuple(range(x.ndim)))
     return high, low
 
 
@@ -422,21 +423,6 @@ def _exact_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _exact_sum_jvp(primals: Any, tangents: Any) -> Any:
     slope = jnp.sum(tangents[0])
     return _exact_sum(*primals), (slope, jnp.zeros_like(slope))
-
-
-def _two_sum(a: Any, b: Any) -> Any:
-    """Add two numbers held as unevaluated sums (high, low), low below the last digit of high.
-
-    Source: Dekker 1971, "A floating-point technique for extending the available precision",
-    section 5, with the addition of Knuth, TAOCP 2, section 4.2.2, theorem B.
-    """
-    (a_high, a_low), (b_high, b_low) = a, b
-    high = a_high + b_high
-    b_part = high - a_high
-    low = (a_high - (high - b_part)) + (b_high - b_part) + (a_low + b_low)
-    low = jnp.where(jnp.isfinite(high), low, 0)  # of an infinite or NaN sum there is no rest
-    both = high + low
-    return both, jnp.where(jnp.isfinite(both), low - (both - high), 0)
 
 
 def size(posterior: Gaussian) -> int:

@@ -55,11 +55,13 @@ def two_sum(
 ) -> tuple[jax.Array, jax.Array]:
     """Add two numbers, each held as a sum and what rounding took from it.
 
-    Source: Knuth, TAOCP 2, section 4.2.2, theorem B.
+    Source: Dekker 1971, "A floating-point technique for extending the available precision",
+    section 5, with the addition of Knuth, TAOCP 2, section 4.2.2, theorem B.
     """
     total = a[0] + b[0]
     part = total - a[0]
     rest = (a[0] - (total - part)) + (b[0] - part) + (a[1] + b[1])
+    # Of an infinite or NaN sum there is no rest.
     rest = jnp.where(jnp.isfinite(total), rest, jnp.zeros_like(rest))
     both = total + rest
     return both, jnp.where(jnp.isfinite(both), rest - (both - total), jnp.zeros_like(rest))
