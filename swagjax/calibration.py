@@ -51,13 +51,19 @@ class ScaleFit(NamedTuple):
     Example:
       >>> from swagjax import calibration
       >>> fit = calibration.fit_scale(lambda scale: (scale - 1) ** 2, (0.5, 1.0, 2.0))
-      >>> print(fit.scales, fit.losses)
-      [0.5 1.  2. ] [0.25 0.   1.  ]
+      >>> print(fit.scales, fit.losses, fit.at_edge)
+      [0.5 1.  2. ] [0.25 0.   1.  ] False
     """
 
     scale: jax.Array
     scales: jax.Array
     losses: jax.Array
+
+    @property
+    def at_edge(self) -> jax.Array:
+        """Whether the best is the least tried but for 0, or the greatest: try others beyond it."""
+        least, greatest = jnp.min(self.scales), jnp.max(self.scales)
+        return (self.scale == greatest) | ((self.scale == least) & (least > 0))
 
 
 def fit_temperature(
@@ -177,8 +183,9 @@ def fit_scale(
     ``held_out_loss(scale)`` predicts on held-out data and scores, by any model, data and score. Use
     one key for every scale: with common random numbers the losses differ by the scale alone. The
     scale arrives as an array, so that in ``jax.tree_util.Partial(swagjax.sample, state=state,
-    scale=scale)`` one compiled program serves all scales. Where the best is the first or the last,
-    look at ``losses`` and try more; 0 is the point theta_SWA.
+    scale=scale)`` one compiled program serves all scales. Where ``at_edge`` is true, try more; 0 is
+    the point theta_SWA. For a regression that lacks its noise fit both: let ``held_out_loss`` call
+    ``fit_noise`` at its scale, and score with that.
 
     Args:
       held_out_loss: function from a scale, a scalar array, to a scalar; less is better.

@@ -381,6 +381,22 @@ def test_scale_takes_the_first_of_equals_and_infinite_losses():
     assert math.isinf(fit.losses[0])
 
 
+@pytest.mark.parametrize(
+    ("best", "scales", "at_edge"),
+    [
+        (5.0, (0.0, 1.0, 3.0), True),
+        (1.0, (0.0, 1.0, 3.0), False),
+        (0.1, (1.0, 0.5), True),
+        (0.0, (0.0, 1.0, 3.0), False),
+        (1.0, (1.0,), True),
+    ],
+)
+def test_a_best_scale_at_an_edge_says_so(best, scales, at_edge):
+    """But for 0, below which there is nothing."""
+    fit = calibration.fit_scale(lambda scale: (scale - best) ** 2, scales)
+    assert bool(fit.at_edge) == at_edge
+
+
 def test_scale_inside_jit():
     fit = jax.jit(lambda target: calibration.fit_scale(lambda s: (s - target) ** 2, (0.0, 1.0)))
     assert float(fit(0.9).scale) == 1.0

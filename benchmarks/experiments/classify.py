@@ -49,7 +49,8 @@ IMAGES = {"model": "lenet5"}
 ALL = ("all",)
 QUICK = ("SGD", "SGD-Temp", "SWA", "SWA-Temp", "SWAG-Diag", "SWAG", "SWAG fitted")
 LENET5_EPOCHS = 60
-SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the covariance, tried on held-out inputs
+# Of the covariance, tried on held-out inputs; 0 is SWA.
+SCALES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 1000  # inputs predicted at once
 BINS = 30  # of predictive entropy
 GROUPS = (  # methods that share a panel of the reliability diagram
@@ -326,7 +327,10 @@ def _fit(run: Run, name: str) -> list[float]:
         def loss(factor: Any) -> Any:
             return metrics.nll(_of_seed(run, name, seed, inputs, factor), jnp.asarray(labels))
 
-        return float(calibration.fit_scale(loss, SCALES).scale)
+        fit = calibration.fit_scale(loss, SCALES)
+        if fit.at_edge:
+            print(f"{name}, seed {seed}: the scale {fit.scale:g} is the greatest that was tried")
+        return float(fit.scale)
 
     fit = temperature if methods.METHODS[name].fitted == "temperature" else scale
     return [fit(seed) for seed in range(run.chosen.seeds)]
