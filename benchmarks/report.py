@@ -183,14 +183,12 @@ def _rounded(value: dict[str, Any]) -> str:
 
 def with_table(readme: str, name: str, content: dict[str, Any]) -> str:
     """README with the table of a record made anew, if it has one."""
-    return with_text(readme, name, markdown(content))
+    return with_text(readme, name, markdown(content)) if f"<!-- {name} -->\n" in readme else readme
 
 
 def with_text(readme: str, name: str, text: str) -> str:
     """README with what is between the marks ``<!-- name -->`` and ``<!-- end -->`` replaced."""
     start, end = f"<!-- {name} -->\n", "<!-- end -->"
-    if start not in readme:
-        return readme
     before, after = readme.split(start)
     return f"{before}{start}\n{text}\n\n{end}{after.split(end, 1)[1]}"
 

@@ -22,7 +22,7 @@ from scipy import optimize, special
 import swagjax
 from benchmarks import __main__ as command_line
 from benchmarks import algorithms, augmentation, data, methods, models, options, report, training
-from benchmarks.experiments import classify, curves
+from benchmarks.experiments import classify, curves, gains
 
 ROOT = Path(__file__).parent.parent
 TFDS = Path(os.environ.get("SWAGJAX_DATA", ROOT.parent / "shared" / "data")) / "tfds"
@@ -558,9 +558,14 @@ def test_readme_leads_to_what_is_published_and_its_tables_are_those(folder):
 
 
 def test_tables_of_readme_are_of_published_results():
-    tables = set(re.findall(r"<!-- (.+) -->", report.README.read_text())) - {"end"}
+    tables = set(re.findall(r"<!-- (.+) -->", report.README.read_text())) - {"end", "gains"}
     names = {folder.relative_to(report.PUBLISHED).as_posix() for folder in published()}
     assert {"classify/digits"} <= tables <= names
+
+
+def test_the_table_of_gains_in_readme_is_that_of_the_published_results():
+    table = gains.table(report.PUBLISHED / "uci")
+    assert report.with_text(report.README.read_text(), "gains", table) == report.README.read_text()
 
 
 def test_a_new_table_replaces_the_old_one_alone():

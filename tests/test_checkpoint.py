@@ -302,6 +302,7 @@ def test_undamaged_the_newest_is_restored_without_a_word(intact, runs):
     assert messages == []
 
 
+@pytest.mark.slow
 def test_a_truncated_file_is_refused(folder, runs, capfd):
     for file in files_of(folder / "40"):
         content = file.read_bytes()

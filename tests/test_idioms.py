@@ -54,6 +54,7 @@ class MNIST(nnx.Module):
         return self.linear(x.reshape(len(x), -1))
 
 
+@pytest.mark.slow
 def test_mnist_model_trained_by_an_nnx_optimizer():
     """``__call__(self, x, rngs)``: neither BatchNorm's refresh nor prediction needs a change."""
     model = MNIST(nnx.Rngs(0))
@@ -236,6 +237,7 @@ class Gemma(nnx.Module):
         return nnx.softmax(self.embed.attend(run(x, self.layers)).astype(jnp.float32))
 
 
+@pytest.mark.slow
 def test_gemma_in_bfloat16_with_layers_in_a_scan():
     """Float32 samples would change the dtype of the scan's carry: ``like`` casts them."""
     model = Gemma(nnx.Rngs(0))

@@ -1169,6 +1169,7 @@ def test_weights_of_labels_are_repetitions(binning):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_of_numbers_are_repetitions():
     for seed in range(3):
         weights = np.random.default_rng(seed).integers(0, 4, 23)
@@ -1195,6 +1196,7 @@ def test_weights_of_numbers_are_repetitions():
         np.testing.assert_allclose(ours, width, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_of_scores_are_repetitions():
     for seed in range(5):
         rng = np.random.default_rng(seed)
@@ -1301,6 +1303,7 @@ def test_weights_that_are_none():
 # Batches.
 
 
+@pytest.mark.slow
 def test_bins_of_batches_add():
     probs, labels = example()
     weights = np.random.default_rng(1).random(len(labels))
@@ -1357,6 +1360,7 @@ def test_means_of_batches_combine_by_weight():
 # What stops elsewhere.
 
 
+@pytest.mark.slow
 def test_regression_sound_data_pass_jax_debug_nans_and_infs():
     """No 0 log 0 and no 0/0, not even of empty bins or of what has no weight."""
     probs, labels = np.eye(4, dtype=np.float32)[[0, 1, 2, 3, 0]], np.array([0, 1, 2, 2, -100])
@@ -1439,6 +1443,7 @@ def test_several_outputs_alone_and_jointly():
             metrics.mixture_nll(means, variances, targets, event_ndim=wrong)
 
 
+@pytest.mark.slow
 def test_regression_examples_split_by_an_explicit_mesh():
     """Checks, sorts and scatters of split arrays were a ``ShardingTypeError``."""
     probs, labels = example(n=64)

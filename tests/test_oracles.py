@@ -470,6 +470,7 @@ def check_reading(case):
         check_from_iterates(collected, reading, points, options)
 
 
+@pytest.mark.slow
 @SOME
 @given(cases(st.sampled_from(POOL)))
 def test_reading_a_run(case):

@@ -1216,6 +1216,7 @@ def dense_of(state, scale, min_variance):
     return np.asarray(state.mean), scale / 2 * (diagonal + D.T @ D)
 
 
+@pytest.mark.slow
 def test_all_that_is_read_is_differentiable_twice_by_the_options(x64):
     """The second derivatives of kl were a TypeError; here in float64 against differences."""
     state, other = small(0), small(1)
@@ -1272,6 +1273,7 @@ def test_a_sum_is_differentiable_twice_inside_a_scan_that_depends_on_both():
     np.testing.assert_allclose(mixed, 4 * 81 * 17, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_flags_of_jax_for_nan_and_infinities_stop_nothing_that_is_sound():
     """jax_debug_nans stopped swagjax.mean: the NaN of an empty state was made on its own."""
     zeros = jnp.zeros(3)  # as many weights as rows: the ring is full, and spans two directions

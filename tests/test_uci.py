@@ -303,6 +303,7 @@ def test_averaged_sgd_is_momentum_and_the_mean_of_its_iterates(parts):
 SETTLING = training.Plan((4,), 8, epochs=20, start=10, steps=4, rank=3, num_samples=4)
 
 
+@pytest.mark.slow
 def test_settled_sgd_goes_on_from_the_decayed_run_and_collects_at_its_own_rate(parts):
     """In two parts and in one; the rate of every update is that of the docstring."""
     hyper = HYPER._replace(collecting=0.3)
@@ -351,6 +352,7 @@ def test_the_rate_of_collecting_rises_and_stays(parts):
     np.testing.assert_allclose(shares[84:], 0.2, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_collection_that_falls_apart_is_made_again_at_a_lower_rate(parts):
     """Beside one that does not, which keeps its rate and its weights."""
     wild, calm = (HYPER._replace(collecting=rate) for rate in (1e5, 0.3))

@@ -22,16 +22,22 @@ class Gains:
 def gains(chosen: Gains) -> None:
     """Print the table and write it to README."""
     from benchmarks import report
+
+    made = table(chosen.results or report.PUBLISHED / "uci")
+    print(made)
+    report.README.write_text(report.with_text(report.README.read_text(), "gains", made))
+
+
+def table(folder: Path) -> str:
+    """The table of all results by the recipe in a folder, as Markdown."""
+    from benchmarks import report
     from benchmarks.options import UsageError
 
-    folder = chosen.results or report.PUBLISHED / "uci"
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*-tuned/results.json"))]
     records = [record for record in records if "SWAG" in record["paired_tests"]["NLL"]["SGD"]]
     if not records:
         raise UsageError(f"--results {folder}: no results of uci --protocol tuned of SGD and SWAG")
-    table = report.as_markdown([_header(), *map(_row, records)])
-    print(table)
-    report.README.write_text(report.with_text(report.README.read_text(), "gains", table))
+    return report.as_markdown([_header(), *map(_row, records)])
 
 
 def _header() -> list[str]:
