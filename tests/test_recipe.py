@@ -128,7 +128,7 @@ def test_the_table_of_gains_is_made_from_the_results(tmp_path, monkeypatch, caps
     assert command_line.main(["gains", "--results", str(tmp_path)]) == 0
     test = json.loads((tmp_path / "a-tuned" / "results.json").read_text())["paired_tests"]["NLL"]
     error, p = (test["SGD"]["SWAG"][name] for name in ("standard_error", "p"))
-    row = f"| a | 500 | 3 | 1.200 |  |  |  | 1.000 |  | -0.200±{error:.3f} | {p:.2g} |"
+    row = f"| a | 500 | 3 | 1.200 |  |  |  | 1.000 |  | -0.200±{error:.3f} | {p:.2g} | 3 of 3 |"
     assert row in capsys.readouterr().out
     text = readme.read_text()
     assert row in text

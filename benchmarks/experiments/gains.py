@@ -41,7 +41,7 @@ def table(folder: Path) -> str:
 
 
 def _header() -> list[str]:
-    return ["set", "rows", "splits", *SHOWN, "SWAG - SGD", "p"]
+    return ["set", "rows", "splits", *SHOWN, "SWAG - SGD", "p", "SWAG better in"]
 
 
 def _row(record: dict[str, Any]) -> list[str]:
@@ -54,5 +54,8 @@ def _row(record: dict[str, Any]) -> list[str]:
     error = test["standard_error"]
     difference = f"{-test['difference']:+.3f}" + ("" if error is None else f"±{error:.3f}")
     p = "" if test["p"] is None else f"{test['p']:.2g}"
-    name = record["options"]["dataset"]
-    return [name, str(data["rows"]), str(data["splits"]), *means, difference, p]
+    name, splits = record["options"]["dataset"], data["splits"]
+    sgd, swag = (record["results"][method]["NLL"]["values"] for method in ("SGD", "SWAG"))
+    better = sum(b < a for a, b in zip(sgd, swag, strict=True))
+    counts = str(data["rows"]), str(splits)
+    return [name, *counts, *means, difference, p, f"{better} of {splits}"]
