@@ -374,7 +374,7 @@ def report(state: SWAGState) -> Report:
     ==========  ===============================================  ==================================
     diverged    an iterate was not finite                        of the others alone
     still       movement < 1e-5                                  too narrow: a point
-    apart       movement > 1, or spread < 1/20                   centred where the loss is high
+    apart       movement > 1, or spread < 1/20, or NaN           centred where the loss is high
     travelling  trend > 1/2                                      stretched along the path
     few         n_eff < 10                                       hardly known
     settled     nothing of these                                 what SWAG takes it for
@@ -410,14 +410,15 @@ def report(state: SWAGState) -> Report:
     found, count = drift(state), effective_count(state)
     movement, trend, spread = (float(x) for x in (found.movement, found.trend, found.spread))
     n_eff, n = float(count.n_eff), int(state.num_collected)
+    moved = any(bool((v != 0).any()) for v in jax.tree.leaves(state.variance))
     verdict = next(
         name
         for name, holds in (
             ("diverged", int(state.num_skipped) > 0),
-            ("still", movement < _STILL),
-            ("apart", movement > _APART or spread < _NARROW),
+            ("still", movement < _STILL or not moved),
+            ("apart", not (movement <= _APART and spread >= _NARROW)),  # so that NaN is apart
             ("travelling", trend > _TRAVELS),
-            ("few", n_eff < _FEW),
+            ("few", not n_eff >= _FEW),
             ("settled", True),
         )
         if holds

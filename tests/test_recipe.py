@@ -86,6 +86,8 @@ def path(kind, size=2000, number=60):
         "apart": jumped,
         "diverged": spoiled,
         "few": noise[:5],
+        "all zero": 0 * noise - 1,
+        "overflow": 1e25 * noise,
     }[kind].astype(np.float32)
 
 
@@ -105,6 +107,12 @@ def test_the_report_tells_what_the_iterates_did(kind):
     assert found.verdict == kind
     assert f"{diagnostics.drift(state).trend:.2f}" in found.numbers
     assert str(found) == f"{kind}: {found.numbers}: {found.advice}"
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("all zero", "still"), ("overflow", "apart")])
+def test_numbers_that_are_none_are_not_settled(kind, verdict):
+    """Movement and spread are NaN: of weights that are zero, and of squares that overflow."""
+    assert diagnostics.report(collected(jnp.asarray(path(kind)))).verdict == verdict
 
 
 def test_no_report_is_made_inside_jit():
@@ -128,7 +136,9 @@ def test_the_table_of_gains_is_made_from_the_results(tmp_path, monkeypatch, caps
     assert command_line.main(["gains", "--results", str(tmp_path)]) == 0
     test = json.loads((tmp_path / "a-tuned" / "results.json").read_text())["paired_tests"]["NLL"]
     error, p = (test["SGD"]["SWAG"][name] for name in ("standard_error", "p"))
-    row = f"| a | 500 | 3 | 1.200 |  |  |  | 1.000 |  | -0.200±{error:.3f} | {p:.2g} | 3 of 3 |"
+    row = (
+        f"| a | 500 | 3 | 1.200 |  |  |  | 1.000 |  | -0.200±{error:.3f} | {p:.2g} | 3 of 3 |  |  |"
+    )
     assert row in capsys.readouterr().out
     text = readme.read_text()
     assert row in text

@@ -308,7 +308,7 @@ def test_settled_sgd_goes_on_from_the_decayed_run_and_collects_at_its_own_rate(p
     """In two parts and in one; the rate of every update is that of the docstring."""
     hyper = HYPER._replace(collecting=0.3)
     algorithm, runs = algorithms.settled_sgd(SETTLING), training.runs([(2, hyper)], 1)
-    assert algorithm.collecting == range(21, 26)
+    assert algorithm.collecting == range(21, 29)
     arguments = "", algorithm, SETTLING, parts, runs
     first = training.train(*arguments, epochs=range(1, 21))
     decayed = trained(algorithms.decayed_sgd, parts, [(2, hyper)], plan=SETTLING)
@@ -319,9 +319,9 @@ def test_settled_sgd_goes_on_from_the_decayed_run_and_collects_at_its_own_rate(p
     two = training.train(*arguments, epochs=algorithm.collecting, after=kept)
     jax.tree.map(np.testing.assert_array_equal, two.state, whole.state)
     state = swagjax.get_state(two.state.opt_state)
-    assert state.num_collected == 4  # the first of five epochs is for the rate to rise
+    assert state.num_collected == 7  # the first of eight epochs is for the rate to rise
     iterates = []
-    for end in range(21, 26):
+    for end in range(21, 29):
         until = training.train(*arguments, epochs=range(1, end + 1)).state.params
         iterates.append(until)
     mean = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *iterates[1:])
@@ -360,12 +360,22 @@ def test_a_collection_that_falls_apart_is_made_again_at_a_lower_rate(parts):
     algorithm = algorithms.settled_sgd(SETTLING)
     used, found = training.train_guarded("", algorithm, SETTLING, parts, runs)
     np.testing.assert_allclose(used.hyper.collecting, [0.0, 0.3])
+    np.testing.assert_array_equal(used.hyper.learning_rate, runs.hyper.learning_rate)
     mean = swagjax.get_state(found.state.opt_state).mean
     nll = training._train_nll(mean, used.split, parts)
     decayed = trained(algorithms.decayed_sgd, parts, [(2, HYPER)], plan=SETTLING).state.params
     assert abs(nll[0] - training._train_nll(decayed, used.split[:1], parts)[0]) < 0.1
     plain = training.train("", algorithm, SETTLING, parts, runs)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), found, plain)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_trained_again_at_a_lower_rate_whatever_the_method(parts):
+    """Beside one that does not fail, which keeps its rate; SWAG has no second chance alone."""
+    runs = training.runs([(2, HYPER._replace(learning_rate=1e4)), (2, HYPER)], 1)
+    for algorithm in (algorithms.decayed_sgd, algorithms.settled_sgd):
+        used, _ = training.train_guarded("", algorithm(SETTLING), SETTLING, parts, runs)
+        np.testing.assert_allclose(used.hyper.learning_rate, [1e4 / 16, 0.01])
 
 
 def test_the_posterior_of_the_bayesian_methods_is_that_of_the_loss(parts):
@@ -616,9 +626,10 @@ def test_every_method_runs(folder, tmp_path):
 
 @pytest.fixture
 def tuned(folder, tmp_path):
-    """Arguments of a tiny run of the tuned protocol of two methods."""
+    """Arguments of a tiny run of the tuned protocol of three methods."""
     args = ["uci", "--name", "indexed", "--data-dir", str(folder), "--results", str(tmp_path)]
-    args += ["--protocol", "tuned", "--methods", "SGD", "deep ensemble", "--splits", "1"]
+    args += ["--protocol", "tuned", "--methods", "SGD fitted", "SWAG", "deep ensemble"]
+    args += ["--splits", "1", "--holdouts", "1", "--collecting", "0.1", "0.5"]
     return [*args, "--learning-rate", "1e-9", "0.02", "--weight-decay", "0", *TINY]
 
 
@@ -640,17 +651,23 @@ def trainings(monkeypatch):
 @pytest.mark.slow
 def test_an_interrupted_tuned_run_is_resumed_after_its_searches(tuned, tmp_path, trainings):
     done, stop = trainings
-    stop.append(2)
+    stop.append(3)
     assert command_line.main(tuned) == 130
     stop.clear()
     assert command_line.main([*tuned, "--resume"]) == 0
-    assert done[:2] == ["search: decayed sgd"] * 2
-    assert set(done[2:]) == {"SGD, deep ensemble"}
+    assert done[:3] == ["search: decayed sgd"] * 3  # at half, all and five quarters
+    settled = "search: settled sgd"
+    assert done[3:9] == 2 * [settled, f"{settled}, 0.1", f"{settled}, 0.5"]
+    assert set(done[9:]) == {"SGD fitted, deep ensemble", "SWAG"}
     record = json.loads((tmp_path / "uci" / "indexed-tuned" / "results.json").read_text())
-    for choice in record["chosen"]["SGD"]:
+    for choice in record["chosen"]["SGD fitted"]:
         assert choice["learning_rate"] in (1e-9, 0.02)
-        assert choice["epochs"] in (3, 6)
-    assert record["chosen"]["SGD"] == record["chosen"]["deep ensemble"]
+        assert choice["epochs"] in (3, 6, 7)
+    assert record["chosen"]["SGD fitted"] == record["chosen"]["deep ensemble"]
+    assert record["chosen"]["SWAG"][0]["epochs"] in (3, 6)
+    assert record["chosen"]["SWAG"][0]["collecting"] in (0.1, 0.5)
+    assert record["iterates"]["verdict"][0] in ("still", "few", "travelling")
+    assert record["paired_tests"]["NLL"]["SGD fitted"]["SWAG"]["p"] is None  # of one split
 
 
 @pytest.mark.slow
@@ -660,7 +677,7 @@ def test_a_resumed_run_ends_in_the_numbers_of_a_whole_one(tuned, tmp_path, train
     assert command_line.main(tuned) == 0
     whole = path.read_text()
     path.unlink()
-    stop.append(len(trainings[0]) + 2)
+    stop.append(len(trainings[0]) + 4)
     assert command_line.main(tuned) == 130
     assert not path.exists()
     stop.clear()

@@ -22,7 +22,10 @@ class Gains:
 def gains(chosen: Gains) -> None:
     """Print the table and write it to README."""
     from benchmarks import report
+    from benchmarks.options import UsageError
 
+    if "<!-- gains -->\n" not in report.README.read_text():
+        raise UsageError(f"{report.README.name}: no mark <!-- gains --> to write the table behind")
     made = table(chosen.results or report.PUBLISHED / "uci")
     print(made)
     report.README.write_text(report.with_text(report.README.read_text(), "gains", made))
@@ -34,28 +37,32 @@ def table(folder: Path) -> str:
     from benchmarks.options import UsageError
 
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*-tuned/results.json"))]
-    records = [record for record in records if "SWAG" in record["paired_tests"]["NLL"]["SGD"]]
+    records = [of for of in records if "SWAG" in of["paired_tests"]["NLL"].get("SGD", {})]
     if not records:
         raise UsageError(f"--results {folder}: no results of uci --protocol tuned of SGD and SWAG")
     return report.as_markdown([_header(), *map(_row, records)])
 
 
 def _header() -> list[str]:
-    return ["set", "rows", "splits", *SHOWN, "SWAG - SGD", "p", "SWAG better in"]
+    return ["set", "rows", "splits", *SHOWN, "SWAG - SGD", "p", "better in", "SWAG - fitted", "p"]
 
 
 def _row(record: dict[str, Any]) -> list[str]:
-    """NLL of every method, and the corrected paired test of SWAG against SGD."""
-    data, test = record["data"], record["paired_tests"]["NLL"]["SGD"]["SWAG"]
-    means = [
-        f"{record['results'][name]['NLL']['mean']:.3f}" if name in record["results"] else ""
-        for name in SHOWN
-    ]
+    """NLL of every method, and the corrected paired tests of SWAG against SGD and SGD fitted."""
+    data, results = record["data"], record["results"]
+    means = [f"{results[m]['NLL']['mean']:.3f}" if m in results else "" for m in SHOWN]
+    splits = data["splits"]
+    sgd, swag = (results[method]["NLL"]["values"] for method in ("SGD", "SWAG"))
+    better = f"{sum(b < a for a, b in zip(sgd, swag, strict=True))} of {splits}"
+    name = record["options"]["dataset"], str(data["rows"]), str(splits)
+    return [*name, *means, *_test(record, "SGD"), better, *_test(record, "SGD fitted")]
+
+
+def _test(record: dict[str, Any], other: str) -> tuple[str, str]:
+    """Difference of NLL, below 0 where SWAG is better, and p; empty without the other method."""
+    test = record["paired_tests"]["NLL"].get(other, {}).get("SWAG")
+    if test is None:
+        return "", ""
     error = test["standard_error"]
     difference = f"{-test['difference']:+.3f}" + ("" if error is None else f"±{error:.3f}")
-    p = "" if test["p"] is None else f"{test['p']:.2g}"
-    name, splits = record["options"]["dataset"], data["splits"]
-    sgd, swag = (record["results"][method]["NLL"]["values"] for method in ("SGD", "SWAG"))
-    better = sum(b < a for a, b in zip(sgd, swag, strict=True))
-    counts = str(data["rows"]), str(splits)
-    return [name, *counts, *means, difference, p, f"{better} of {splits}"]
+    return difference, "" if test["p"] is None else f"{test['p']:.2g}"

@@ -49,6 +49,10 @@ def _run(chosen: argparse.Namespace, begun: float) -> int:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((chosen.work / "programs").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.default_backend() == "cpu" and not chosen.tiny:
+        from benchmarks.errors import UsageError
+
+        raise UsageError("JAX finds no accelerator here: --tiny rehearses on a CPU")
     from benchmarks.gpu.job import DONE, UNFINISHED, Job, TimeUpError
     from benchmarks.gpu.parts import PARTS
 

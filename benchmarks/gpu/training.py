@@ -24,6 +24,7 @@ from benchmarks.augmentation import augmentation
 from benchmarks.gpu.job import MARGIN, Job, TimeUpError
 
 MOMENTUM = 0.9
+DROPOUT = 1 << 16  # beyond the numbers by which augmentations fold the same key
 AHEAD = 2  # epochs queued on the device: it never waits for the host, and the clock is honest
 LEARNS = 10, 0.95  # by this epoch the loss is below this share of a guess's
 
@@ -210,7 +211,10 @@ def _step(
 
     def loss_and_stats(params: Any) -> Any:
         variables = {"params": params, "batch_stats": network.batch_stats}
-        logits, changed = recipe.model.apply(variables, images, train=True, mutable=["batch_stats"])
+        random = {"dropout": jax.random.fold_in(key, DROPOUT)}
+        logits, changed = recipe.model.apply(
+            variables, images, train=True, mutable=["batch_stats"], rngs=random
+        )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, changed.get("batch_stats", {})
 
@@ -224,7 +228,8 @@ def _check_learns(epoch: int, loss: np.ndarray, classes: int) -> None:
     number, share = LEARNS
     if epoch == number and not np.all(loss < share * np.log(classes)):
         raise RuntimeError(
-            f"after {number} epochs the loss is {loss}, no better than a guess: try another --seed"
+            f"after {number} epochs the loss is {loss}, no better than a guess: "
+            "try another --seed with --fresh"
         )
 
 

@@ -48,7 +48,7 @@ def settled_sgd(plan: Plan) -> Algorithm:
     Its learning rate rises in its first fifth, in which nothing is collected, from where the first
     part ended to the share ``hyper.collecting`` of where that began, and stays there.
     """
-    collecting = range(plan.epochs + 1, plan.epochs + max(plan.epochs // 4, 2) + 1)
+    collecting = range(plan.epochs + 1, plan.epochs + max(plan.epochs // 4, 8) + 1)
     settled, rise = plan.epochs * plan.steps, max(len(collecting) // 5, 1) * plan.steps
 
     def optimizer(hyper: Hyper) -> optax.GradientTransformation:

@@ -119,7 +119,6 @@ _BOTH = Calibration(scales=(0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), noises=_
 _SETTLED, _CONSTANT = algorithms.settled_sgd, algorithms.averaged_sgd
 
 _OTHERS = {
-    "deep ensemble": Method(algorithms.decayed_sgd, _last, ensemble=True, chosen_as="SGD"),
     "MC-dropout": Method(algorithms.dropout_sgd, _dropout),
     "mean-field VI": Method(algorithms.mean_field, _mean_field),
     "SGLD": Method(algorithms.langevin, _langevin),
@@ -136,6 +135,7 @@ TUNED = {
     "SGD constant": Method(_CONSTANT, _last),
     "SWA constant": Method(_CONSTANT, _swa, tried=_NOISE),
     "SWAG constant": Method(_CONSTANT, _swag, tried=_BOTH),
+    "deep ensemble": Method(algorithms.decayed_sgd, _last, ensemble=True, chosen_as="SGD fitted"),
     **_OTHERS,
 }
 
@@ -147,5 +147,6 @@ AUTHORS = {
     "SWAG": Method(_CONSTANT, _swag),
     "SWAG fitted": Method(_CONSTANT, _swag, tried=_BOTH),
     "MultiSWAG": Method(_CONSTANT, _swag, ensemble=True, chosen_as="SWAG"),
+    "deep ensemble": Method(algorithms.decayed_sgd, _last, ensemble=True, chosen_as="SGD"),
     **_OTHERS,
 }

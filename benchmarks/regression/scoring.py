@@ -94,16 +94,23 @@ def _group(
                 found[name][i] = _metrics(means, variances * chosen[name][i].noise, parts, i)
         if DIAGNOSED in chosen and plan.rank >= LEAST_RANK:
             run, first_of = jax.tree.map(lambda leaf: leaf[:, 0], by_split)
-            told = _diagnose(first_of.state.opt_state) | {"collecting": run.hyper.collecting}
+            used = {name: getattr(run.hyper, name) for name in ("learning_rate", "collecting")}
+            told = _diagnose(first_of.state.opt_state) | used
             said = jax.tree.map(np.ndarray.tolist, jax.device_get(told))
             states = swagjax.get_state(first_of.state.opt_state)
             each = [jax.tree.map(lambda leaf, j=j: leaf[j], states) for j in range(len(splits))]
-            said["verdict"] = [diagnostics.report(state).verdict for state in each]
+            said["verdict"] = [_verdict(state) for state in each]
             iterates |= {i: {k: v[j] for k, v in said.items()} for j, i in enumerate(splits)}
     return {
         "scores": {name: _by_name(of) for name, of in found.items()},
         "iterates": _by_name(iterates),
     }
+
+
+def _verdict(state: swagjax.SWAGState) -> str:
+    if int(state.num_collected) < LEAST_RANK:  # too few for a report
+        return "diverged" if int(state.num_skipped) else "few"
+    return diagnostics.report(state).verdict
 
 
 def _by_name(of_splits: dict[int, dict[str, Any]]) -> dict[str, list[Any]]:

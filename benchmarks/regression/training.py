@@ -20,6 +20,7 @@ from benchmarks.regression.data import Parts
 
 INIT, TRAIN, PREDICT = range(3)  # what a member is used for
 APART = 1.0  # nats, see train_guarded
+CONSTANT = 0.5 * np.log(2 * np.pi * np.e)  # NLL of N(0, 1), of standardised targets
 
 
 class Plan(NamedTuple):
@@ -146,40 +147,66 @@ def train(
 def train_guarded(
     label: str, algorithm: Algorithm, plan: Plan, parts: Parts, side_by_side: Runs
 ) -> tuple[Runs, Trained]:
-    """Train both parts, the second anew at lower rates in runs whose averaged weights fell apart.
+    """Train, and once more at a lower rate where that failed, by a look at the train rows alone.
 
-    They have where an iterate was not finite, or their NLL on the train rows is above that of the
-    settled weights by more than ``APART``. Each time the rate is a quarter of the last; the last
-    time it is 0.
+    SGD of any kind has failed where its NLL is not below that of a constant prediction; it is
+    trained again at a quarter of the learning rate, twice at most. A second part has where an
+    iterate was not finite, or the NLL of the averaged weights is above that of the settled ones by
+    more than ``APART``; its rate is a quarter of the last each time, and 0 the third time.
 
     Returns:
       The runs with the rates that were used, and what was trained.
     """
-    first = train(label, algorithm, plan, parts, side_by_side, epochs=range(1, plan.epochs + 1))
-    if not algorithm.collecting:
-        return side_by_side, first
 
-    def second(runs: Runs) -> Trained:
+    def first_part(runs: Runs) -> Trained:
+        return train(label, algorithm, plan, parts, runs, epochs=range(1, plan.epochs + 1))
+
+    def failed(trained: Trained, runs: Runs) -> jax.Array:
+        return ~(_train_nll(trained.state.params, runs.split, parts) < CONSTANT)  # ~: NaN is too
+
+    runs, first = side_by_side, first_part(side_by_side)
+    if not hasattr(first.state, "params"):
+        return runs, first
+    runs, first = _again(first_part, failed, "learning_rate", (1 / 4, 1 / 4), runs, first)
+    if not algorithm.collecting:
+        return runs, first
+    settled = _train_nll(first.state.params, runs.split, parts)
+
+    def second_part(runs: Runs) -> Trained:
         after = jax.tree.map(jnp.copy, first)  # the second part works in its memory
         return train(label, algorithm, plan, parts, runs, epochs=algorithm.collecting, after=after)
 
-    runs, trained = side_by_side, second(side_by_side)
-    settled = _train_nll(first.state.params, runs.split, parts)
-    for factor in (1 / 4, 1 / 4, 0.0):
+    def apart(trained: Trained, runs: Runs) -> jax.Array:
         state = swagjax.get_state(trained.state.opt_state)
         above = _train_nll(state.mean, runs.split, parts) - settled
-        apart = ~(above < APART) | (state.num_skipped > 0)  # ~: NaN is apart
-        if not apart.any():
-            break
-        rates = jnp.where(apart, factor, 1.0) * runs.hyper.collecting
-        runs = runs._replace(hyper=runs.hyper._replace(collecting=rates))
-        trained = jax.tree.map(functools.partial(_choose, apart), second(runs), trained)
-    return runs, trained
+        return ~(above < APART) | (state.num_skipped > 0)
+
+    lower = "collecting", (1 / 4, 1 / 4, 0.0)
+    return _again(second_part, apart, *lower, runs, second_part(runs))
 
 
 def key(member: Any, split: Any, purpose: int) -> jax.Array:
     """The random key of a member on a split for one of INIT, TRAIN and PREDICT."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(member), split), purpose)
+
+
+def _again(
+    train_part: Callable[[Runs], Trained],
+    failed: Callable[[Trained, Runs], jax.Array],
+    rate: str,
+    factors: Iterable[float],
+    runs: Runs,
+    trained: Trained,
+) -> tuple[Runs, Trained]:
+    """Train the runs that failed again, each time with a rate of theirs times a factor."""
+    for factor in factors:
+        where = failed(trained, runs)
+        if not where.any():
+            break
+        rates = jnp.where(where, factor, 1.0) * getattr(runs.hyper, rate)
+        runs = runs._replace(hyper=runs.hyper._replace(**{rate: rates}))
+        trained = jax.tree.map(functools.partial(_choose, where), train_part(runs), trained)
+    return runs, trained
 
 
 def _choose(where: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
