@@ -1113,9 +1113,22 @@ def _log_mixture(event_ndim: int) -> Callable[..., jax.Array]:
     def score(means: jax.Array, variances: jax.Array, targets: jax.Array) -> jax.Array:
         log_densities = _log_density(means, variances, targets[None])
         joint = jnp.sum(log_densities, axis=tuple(range(-event_ndim, 0)))
-        return jax.nn.logsumexp(joint, axis=0) - math.log(len(means))
+        return _logsumexp(joint) - math.log(len(means))
 
     return score
+
+
+def _logsumexp(x: jax.Array) -> jax.Array:
+    """Over the first axis, of numbers that a fused program may compute twice, each time rounded.
+
+    Where they are near 1e8 the second is above the maximum of the first by 16 or more, and an
+    exponential that should be 1 is infinite.
+    """
+    top = jax.lax.stop_gradient(jnp.max(x, axis=0))
+    top = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
+    below = x - top
+    below = jnp.where(below > 0, below - jax.lax.stop_gradient(below), below)
+    return jnp.log(jnp.sum(jnp.exp(below), axis=0)) + top
 
 
 def _is_inside(
