@@ -1124,11 +1124,11 @@ def _logsumexp(x: jax.Array) -> jax.Array:
     Where they are near 1e8 the second is above the maximum of the first by 16 or more, and an
     exponential that should be 1 is infinite.
     """
-    top = jax.lax.stop_gradient(jnp.max(x, axis=0))
+    top = jax.lax.stop_gradient(jnp.max(x, axis=0, keepdims=True))
     top = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
     below = x - top
     below = jnp.where(below > 0, below - jax.lax.stop_gradient(below), below)
-    return jnp.log(jnp.sum(jnp.exp(below), axis=0)) + top
+    return jnp.log(jnp.sum(jnp.exp(below), axis=0)) + top[0]
 
 
 def _is_inside(
