@@ -424,14 +424,14 @@ def test_the_choice_is_the_least_held_out_nll_of_every_split(parts):
     """Of a network that learns, one that stands still and one that diverges, with two noises."""
     grid = tuning.Grid((1e-9, 0.02, 1e6), (0.0,), (0.0,), (), (30,))
     tried = methods.Calibration(noises=(1.0, 1e4))
-    table = methods.TUNED | {"SGD": methods.TUNED["SGD"]._replace(tried=tried)}
+    table = methods.TUNED | {"SGD fitted": methods.TUNED["SGD fitted"]._replace(tried=tried)}
     plan = training.Plan((4,), 8, epochs=30, start=15, steps=0, rank=2, num_samples=4)
     dataset = data.Dataset("x", rows(40)[:, :-1], rows(40)[:, -1], ragged(40), "")
     held_out = data.parts(dataset, data.held_out(dataset.splits))
-    names = ["SGD", "deep ensemble"]
+    names = ["SGD fitted", "deep ensemble"]
     chosen = tuning.choose(table, names, grid, plan, held_out, 3, forgetful)
     best = tuning.Choice(training.Hyper(0.02, 0.0, 0.0), 30, 1.0, 1.0)
-    assert chosen == {"SGD": [best] * 3, "deep ensemble": [best] * 3}
+    assert chosen == {"SGD fitted": [best] * 3, "deep ensemble": [best] * 3}
 
 
 def test_a_choice_at_an_end_of_what_was_tried_is_said():
