@@ -137,6 +137,7 @@ def check_merge(kind, rank, first, second):
         assert (np.abs(got - wanted) <= 4 * (len(both) + 8) * EPS * size).all()
 
 
+@pytest.mark.slow
 @SOME
 @given(st.sampled_from(KINDS), runs())
 def test_merging_two_runs_is_one_run(kind, case):

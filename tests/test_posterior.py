@@ -1157,6 +1157,7 @@ WITHOUT_OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centering", ["running", "final"])
 def test_rows_from_before_a_reset_count_nowhere(centering):
     """After num_collected=0 old rows stayed in use: a variance of 140 for .60."""

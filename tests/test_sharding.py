@@ -320,6 +320,7 @@ def updated(tx, params, opt_state, steps=4):
     return params, opt_state
 
 
+@pytest.mark.slow
 def test_partitioned_linen_parameters_from_end_to_end():
     """TrainState and all: the names of a parameter's axes never land on the rank axis."""
     mesh, x = mesh_of("2d", AUTO), jnp.ones((1, 8))
@@ -351,6 +352,7 @@ def test_partitioned_linen_parameters_from_end_to_end():
     assert got["kernel"].unbox().sharding.spec == P("data", "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sharded_nnx_optimizer_from_end_to_end(kind):
     mesh, tx = mesh_of("2d", kind), optax.chain(optax.sgd(0.1), swagjax.swag(4))

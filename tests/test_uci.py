@@ -589,6 +589,7 @@ def finished(folder, tmp_path_factory):
     return run(folder, tmp_path_factory.mktemp("results"), "--splits", "2", "--methods", *SOME)
 
 
+@pytest.mark.slow
 def test_uci_writes_its_results(finished):
     record = json.loads((finished / "results.json").read_text())
     assert list(record["results"]) == SOME
@@ -604,12 +605,14 @@ def test_uci_writes_its_results(finished):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_json_names_no_folder_of_this_machine(finished, folder):
     text = (finished / "results.json").read_text()
     assert str(finished.parents[1]) not in text
     assert str(folder) not in text
 
 
+@pytest.mark.slow
 def test_a_point_has_no_mixture_and_an_ensemble_has(finished):
     results = json.loads((finished / "results.json").read_text())["results"]
     for name, same in {"SGD": True, "deep ensemble": False, "SGLD": False}.items():
